@@ -1,0 +1,279 @@
+"""Images, any of them at any time: Algorithm 1, line 1.
+
+A source is a folder of images, webdataset shards as img2dataset writes them (plain tar files), or `synthetic`.
+Shards are read in place: an index of every image's offset and size makes a tar as random-access as a folder, so the
+order is a full shuffle, a run continues at an exact position, and nothing is unpacked.
+
+Every random number of training belongs to one image: its generator is seeded with the run's seed, the step and the
+image's position in the global batch, and with nothing else. The number of processes, the micro-batch, the workers and
+the device therefore change no draw.
+"""
+
+import contextlib
+import glob
+import io
+import os
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Dataset, default_collate
+from tqdm import tqdm
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+SYNTHETIC = 1_000_000  # images in the set `synthetic`
+GIVE_UP_AFTER = 100  # unreadable images in a row, or reads before the share of unreadable ones is judged
+
+
+def is_image(name: str) -> bool:
+    """By its suffix; files whose name starts with a dot (such as macOS's `._a.jpg`) are none."""
+    return name.lower().endswith(IMAGE_SUFFIXES) and not os.path.basename(name).startswith(".")
+
+
+class ImageFiles:
+    """The images below a folder, sorted by path. `len(files)`, `files.read(i)` → bytes, `files.name(i)` → str."""
+
+    def __init__(self, folder: str):
+        self.folder = folder
+        paths = sorted(
+            os.path.relpath(os.path.join(directory, name), folder)
+            for directory, _, names in os.walk(folder)
+            for name in names
+            if is_image(name)
+        )
+        if not paths:
+            raise SystemExit(f"{folder}: no images in this folder; shards are named by a glob: '{folder}/*.tar'")
+        self.paths = np.array([os.fsencode(path) for path in paths])  # bytes: a quarter of the memory of str
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def name(self, i: int) -> str:
+        return os.path.join(self.folder, os.fsdecode(self.paths[i]))
+
+    def read(self, i: int) -> bytes:
+        return Path(self.name(i)).read_bytes()
+
+
+class Shards:
+    """The images inside tar shards. `len(shards)`, `shards.read(i)` → bytes, `shards.name(i)` → str.
+
+    3 million images take 48 MB: two int64 an image, kept in numpy so that forked workers share them.
+    """
+
+    def __init__(self, paths: Sequence[str], progress: bool = True):
+        self.shards = list(paths)
+        bar = tqdm(self.shards, desc="index", unit="shard", disable=not progress, leave=False)
+        members = [shard_index(path) for path in bar]
+        self.members = np.concatenate(members)  # (images, 2): offset and size in bytes
+        self.ends = np.cumsum([len(m) for m in members])  # where each shard's images end in `members`
+        if not len(self):
+            raise SystemExit(f"{self.shards[0]}: no images ({', '.join(IMAGE_SUFFIXES)}) in these shards")
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def shard(self, i: int) -> str:
+        return self.shards[np.searchsorted(self.ends, i, side="right")]
+
+    def name(self, i: int) -> str:
+        return f"{self.shard(i)} at byte {self.members[i, 0]}"
+
+    def read(self, i: int) -> bytes:
+        offset, size = self.members[i].tolist()
+        with open(self.shard(i), "rb") as shard:
+            shard.seek(offset)
+            return shard.read(size)
+
+
+def shard_index(path: str) -> np.ndarray:
+    """Offset and size in bytes of every image in a plain tar, (images, 2) int64, in the tar's order.
+
+    Cached as PATH.index.npy, or in the user's cache folder where that cannot be written; the first row holds the
+    shard's own size and modification time, so that a changed shard is indexed again. SystemExit: not a plain tar.
+    """
+    stat = os.stat(path)
+    stamp = np.array([[stat.st_size, stat.st_mtime_ns]])
+    cache_folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "diva"
+    caches = [Path(path + ".index.npy"), cache_folder / (os.path.abspath(path).strip("/").replace("/", "%") + ".npy")]
+    for cache in caches:
+        try:
+            index = np.load(cache, allow_pickle=False)
+            if index.dtype == np.int64 and index.ndim == 2 and np.array_equal(index[:1], stamp):
+                return index[1:]
+        except (OSError, ValueError, EOFError):
+            pass  # absent, unreadable or cut short: made again below
+
+    with open(path, "rb") as shard:
+        if shard.read(2) == b"\x1f\x8b":
+            raise SystemExit(f"{path}: gzipped, so images cannot be read at random; unpack it first: gunzip {path}")
+    try:
+        with tarfile.open(path, "r:") as tar:
+            rows = [(m.offset_data, m.size) for m in tar if m.isreg() and is_image(m.name)]
+    except tarfile.TarError as error:
+        raise SystemExit(f"{path}: not a tar file ({error})") from None
+    members = np.array(rows, dtype=np.int64).reshape(-1, 2)
+    for cache in caches:
+        part = cache.with_name(f"{cache.name}.{os.getpid()}")
+        try:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            with open(part, "wb") as file:
+                np.save(file, np.concatenate([stamp, members]))
+            os.replace(part, cache)  # whole or not at all, also when several processes write it
+            break
+        except OSError:  # a read-only place or a full disk: without any cache the next start is slower, no more
+            with contextlib.suppress(OSError):
+                part.unlink()
+    return members
+
+
+def expand(source: Sequence[str]) -> list[str]:
+    """The files or the folder that `source` (paths and globs) names, in sorted order. SystemExit: one names nothing."""
+    if list(source) == ["synthetic"]:
+        return ["synthetic"]
+    paths = [path for pattern in source for path in (sorted(glob.glob(pattern)) or [pattern])]
+    for path in paths:
+        if not os.path.exists(path):
+            raise SystemExit(f"{path}: no such file or folder (--data takes a folder, shards or a glob of shards)")
+    return paths
+
+
+def open_images(source: Sequence[str], progress: bool = True) -> ImageFiles | Shards | None:
+    """The images of `source`: one folder, or any number of shards, as paths or globs; None for `synthetic`.
+
+    Raises:
+        SystemExit: a path that does not exist, holds no image, or is not a plain tar, named in one sentence.
+    """
+    paths = expand(source)
+    if paths == ["synthetic"]:
+        return None
+    if len(paths) == 1 and os.path.isdir(paths[0]):
+        return ImageFiles(paths[0])
+    for path in paths:
+        if os.path.isdir(path):
+            raise SystemExit(f"{path}: a folder among shards; --data takes one folder of images, or only shards")
+    return Shards(paths, progress)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The picture a person sees, in RGB: turned as its EXIF data says, transparency on white, 16 bits scaled to 8."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion clips at 255
+        return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def random_crop_box(width: int, height: int, rng: np.random.Generator) -> tuple[float, float, float, float]:
+    """A crop of 0.9–1.0 of the area and an aspect ratio of 3/4–4/3, as (left, top, right, bottom) shares of the sides.
+
+    The usual random resized crop: ten tries for a box that fits, else the largest centred one of an allowed ratio.
+    """
+    for area, log_ratio in zip(rng.uniform(0.9, 1.0, 10), rng.uniform(np.log(3 / 4), np.log(4 / 3), 10)):
+        w = np.sqrt(area * width * height * np.exp(log_ratio)) / width
+        h = np.sqrt(area * width * height / np.exp(log_ratio)) / height
+        if w <= 1 and h <= 1:
+            left, top = rng.uniform(0, 1 - w), rng.uniform(0, 1 - h)
+            return left, top, left + w, top + h
+    w, h = min(1, height * 4 / 3 / width), min(1, width * 4 / 3 / height)
+    return (1 - w) / 2, (1 - h) / 2, (1 + w) / 2, (1 + h) / 2
+
+
+def decode_crop(data: bytes, size: int, rng: np.random.Generator) -> torch.Tensor:
+    """A random resized crop of an encoded image: (3, size, size) uint8, bicubic, in one resize.
+
+    Raises whatever Pillow raises on bytes that are no image, or only a part of one.
+    """
+    with Image.open(io.BytesIO(data)) as image:
+        width, height = image.size
+        if image.getexif().get(0x0112, 1) >= 5:  # the EXIF orientation swaps the sides
+            width, height = height, width
+        left, top, right, bottom = random_crop_box(width, height, rng)
+        shrink = size / min((right - left) * width, (bottom - top) * height)
+        if shrink < 1:  # JPEG can decode at a half, a quarter or an eighth: the smallest that still holds the crop
+            image.draft(None, (int(np.ceil(image.width * shrink)), int(np.ceil(image.height * shrink))))
+        image = to_rgb(image)
+    width, height = image.size
+    box = (left * width, top * height, min(right, 1) * width, min(bottom, 1) * height)
+    crop = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    return torch.from_numpy(np.array(crop)).permute(2, 0, 1)
+
+
+class TrainingImages(Dataset):
+    """Images by their place in training: `images[step, position]`, the position being that in the global batch.
+
+    Returns a dict: `images` (3, size, size) uint8; `unreadable`, the names of the files that had to be passed over;
+    and all that `draw(rng)` returns for this image, a dict of arrays. Each pass over the set has its own full
+    shuffle. An image that cannot be read gives way to the next one.
+    """
+
+    def __init__(
+        self,
+        files: ImageFiles | Shards | None,
+        size: int,
+        batch_size: int,
+        seed: int = 0,
+        draw: Callable[[np.random.Generator], dict[str, np.ndarray]] = lambda rng: {},
+    ):
+        self.files, self.size, self.batch_size, self.seed, self.draw = files, size, batch_size, seed, draw
+        self.epoch, self.order = -1, np.empty(0)
+
+    def __len__(self) -> int:
+        return SYNTHETIC if self.files is None else len(self.files)
+
+    def index(self, step: int, position: int) -> int:
+        """Which image stands there: the global batches follow one another through shuffled epochs."""
+        epoch, place = divmod(step * self.batch_size + position, len(self))
+        if epoch != self.epoch:
+            self.epoch, self.order = epoch, np.random.default_rng((0, self.seed, epoch)).permutation(len(self))
+        return int(self.order[place])
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        step, position = key
+        rng = np.random.default_rng((1, self.seed, step, position))
+        drawn = self.draw(rng)
+        if self.files is None:
+            return dict(images=torch.from_numpy(synthetic_image(self.size, rng)), unreadable=[], **drawn)
+        first, unreadable = self.index(step, position), []
+        while len(unreadable) < GIVE_UP_AFTER:
+            i = (first + len(unreadable)) % len(self)
+            try:
+                image = decode_crop(self.files.read(i), self.size, rng)
+                return dict(images=image, unreadable=unreadable, **drawn)
+            except Exception as error:  # Pillow raises almost any exception on a broken file
+                unreadable.append(f"{self.files.name(i)} ({type(error).__name__}: {error})")
+        return dict(images=torch.zeros(3, self.size, self.size, dtype=torch.uint8), unreadable=unreadable, **drawn)
+
+
+def synthetic_image(size: int, rng: np.random.Generator) -> np.ndarray:
+    """Noise in the shape of an image, (3, size, size) uint8, for benchmarks and dry runs."""
+    return rng.integers(0, 256, (3, size, size), dtype=np.uint8)
+
+
+def collate(items: list[dict]) -> dict:
+    """A batch: tensors stacked, the lists of unreadable files joined."""
+    unreadable = [name for item in items for name in item.pop("unreadable")]
+    return dict(default_collate(items), unreadable=unreadable)
+
+
+def micro_batches(first: int, steps: int, batch_size: int, micro_batch: int, rank: int, processes: int) -> Iterator:
+    """The (step, position) keys of each micro-batch of process `rank`, from step `first` to the last."""
+    for step in range(first, steps):
+        for start in range(rank * micro_batch, batch_size, processes * micro_batch):
+            yield [(step, position) for position in range(start, start + micro_batch)]
+
+
+def make_loader(images: TrainingImages, keys: Iterator, workers: int, pin_memory: bool) -> DataLoader:
+    """Batches of `images` for `keys`, in their order, read ahead by `workers` processes (0: in this one)."""
+    return DataLoader(
+        images,
+        batch_sampler=keys,
+        collate_fn=collate,
+        num_workers=workers,
+        pin_memory=pin_memory,
+    )
