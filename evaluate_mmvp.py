@@ -1,0 +1,307 @@
+"""MMVP-VLM, the benchmark of CLIP-blind pairs, exactly as its authors score it; any number of CLIPs side by side.
+
+    python evaluate_mmvp.py openai-vit-l-14-224 --mmvp MMVP/MMVP_VLM
+    python evaluate_mmvp.py openai-vit-l-14-224 runs/l14/clip --mmvp MMVP/MMVP_VLM --out scores
+
+A pair is two images and two statements. CLIP reads "a photo of " + statement, and for each statement a softmax over
+the two images must favour the statement's own image; an exact tie goes to the second. A pair counts if both
+statements find their image, a type's score is the share of its pairs, the average is over the types. Chance is 25.
+Everything is computed in fp32: in fp16 ties make runs differ.
+
+Two readings of an image, for every CLIP by the same rule:
+
+    cls         the class token, which is what `encode_image` returns: the benchmark's own reading
+    cls+local   the unit class token plus the mean of all unit local tokens, made unit again
+
+DIVA's released evaluation reads per family: for OpenAI the class token plus the mean of 76 patches drawn at random
+anew for each of the two texts, so that a score is a random number; for MetaCLIP and DFN-378 `cls+local`; for DFN-224
+and SigLIP `cls`; DFN and SigLIP in fp16. The "before" of the paper's Table 1 is `cls` alone, so its gain mixes the
+training's effect with the reading's. Here both readings stand for before and after. The local tokens of a SigLIP are
+not in the joint space with the text: its `cls+local` is there for completeness.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn.functional import normalize
+from tqdm import tqdm
+
+from condition import visual_tokens
+from model import RECIPES, Clip, first_line, load_clip, locate_clip, one_sentence, recipe_of
+
+READINGS = ("cls", "cls+local")
+TYPES = ["Orientation", "Presence", "State", "Quantity", "Spatial", "Color"]
+TYPES += ["Structural Character", "Text", "Camera Perspective"]
+IMAGE_FOLDERS = ("MLLM_VLM Images", "MLLM_VLM_Images", "MMVP_VLM_Images")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two images and their statements; `ids` and `type` as in the CSV."""
+
+    ids: tuple[str, str]
+    type: str
+    statements: tuple[str, str]
+    images: tuple[Path, Path]
+
+
+def read_mmvp(source: str) -> list[Pair]:
+    """Reads a benchmark in MMVP-VLM's layout, from a folder or the hub's data set `source`.
+
+    The layout: Questions.csv with the header `Question ID,Type,Statement`, two rows a pair, and the images of both at
+    `MLLM_VLM Images/<Type>/<Question ID>.jpg`. Types and pairs are whatever the CSV holds.
+
+    Raises:
+        SystemExit: anything that does not fit, with file and row.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        if source.count("/") != 1 or source.startswith((".", "/")):
+            raise SystemExit(f"{source}: no such folder; --mmvp takes a folder or the hub's data set MMVP/MMVP_VLM")
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = Path(snapshot_download(source, repo_type="dataset"))
+        except Exception as error:  # the hub's client raises many kinds
+            raise SystemExit(f"data set {source} could not be fetched from the hub: {first_line(error)}") from error
+    questions = folder / "Questions.csv"
+    root = next((folder / name for name in IMAGE_FOLDERS if (folder / name).is_dir()), None)
+    if root is None:
+        raise SystemExit(f"{folder}: no image folder ({', '.join(IMAGE_FOLDERS)})")
+    try:
+        with open(questions, newline="", encoding="utf-8-sig") as file:
+            rows = [[cell.strip() for cell in row] for row in csv.reader(file) if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise SystemExit(f"{questions}: cannot be read ({first_line(error)})") from None
+    if not rows or rows[0] != ["Question ID", "Type", "Statement"]:
+        raise SystemExit(f"{questions}, row 1: the header must be Question ID,Type,Statement")
+    if len(rows) < 3 or len(rows) % 2 == 0:
+        raise SystemExit(f"{questions}, row {len(rows)}: rows come in pairs, and this one has no partner")
+    for number, row in enumerate(rows[1:], start=2):
+        if len(row) != 3 or not all(row):
+            raise SystemExit(f"{questions}, row {number}: needs an id, a type and a statement")
+        if not row[0].isascii() or not row[0].isdigit():
+            raise SystemExit(f"{questions}, row {number}: the id {row[0]!r} is not a number")
+    pairs = []
+    for number in range(2, len(rows), 2):
+        (id1, type1, statement1), (id2, type2, statement2) = rows[number - 1 : number + 1]
+        if type1 != type2:
+            raise SystemExit(f"{questions}, row {number + 1}: type {type2!r} differs from its partner's, {type1!r}")
+        if int(id2) != int(id1) + 1:
+            raise SystemExit(f"{questions}, row {number + 1}: id {id2} does not follow its partner's, {id1}")
+        folders = [root / name for name in (type1, type1.replace(" ", "_"), type1.replace("_", " "))]
+        place = next((f for f in folders if f.is_dir()), None)
+        if place is None or type1.startswith(".") or "/" in type1 or "\\" in type1:  # none, or not one of the root's
+            raise SystemExit(f"{questions}, row {number}: type {type1!r} has no folder in {root}")
+        images = (place / f"{id1}.jpg", place / f"{id2}.jpg")
+        for image, row in zip(images, (number, number + 1)):
+            if not image.is_file():
+                raise SystemExit(f"{questions}, row {row}: no such image: {image}")
+        pairs.append(Pair((id1, id2), type1.replace("_", " "), (statement1, statement2), images))
+    return pairs
+
+
+def similarities(clip: Clip, pairs: list[Pair], device, batch_size: int = 32, progress: bool = True) -> np.ndarray:
+    """Cosines of statements and images within each pair, in fp32: (readings, pairs, 2 statements, 2 images)."""
+    tokenizer, preprocess, model = clip.tokenizer(), clip.preprocess(), clip.model.to(device)
+    statements = ["a photo of " + s for pair in pairs for s in pair.statements]
+    paths = [path for pair in pairs for path in pair.images]
+    images, texts = [], []
+    with torch.inference_mode(), tqdm(total=2 * len(paths), desc="MMVP-VLM", disable=not progress, leave=False) as bar:
+        for start in range(0, len(paths), batch_size):
+            batch = []
+            for path in paths[start : start + batch_size]:
+                try:
+                    with Image.open(path) as image:
+                        batch.append(preprocess(image))
+                except Exception as error:  # Pillow raises almost any exception on a broken file
+                    raise SystemExit(f"{path}: not a readable image ({first_line(error)})") from None
+            cls, local = visual_tokens(model.visual, torch.stack(batch).to(device))  # (B, D), (B, P, D)
+            cls = normalize(cls, dim=-1)
+            both = normalize(cls + normalize(local, dim=-1).mean(1), dim=-1)
+            images.append(torch.stack([cls, both]))  # (readings, B, D)
+            tokens = tokenizer(statements[start : start + batch_size]).to(device)
+            texts.append(model.encode_text(tokens, normalize=True))
+            bar.update(2 * len(batch))
+        images = torch.cat(images, 1).unflatten(1, (-1, 2))  # (readings, pairs, 2, D)
+        texts = torch.cat(texts).unflatten(0, (-1, 2))  # (pairs, 2, D)
+        return torch.einsum("psd,rpid->rpsi", texts, images).cpu().numpy()
+
+
+def pairs_right(cosines: np.ndarray, scale: float = 100.0) -> np.ndarray:
+    """The benchmark's rule: (..., 2 statements, 2 images) cosines → which pairs count, (...) bool.
+
+    The softmax over the two images of scale · cosine must be above 0.5 for the first statement's first image, and must
+    not be for the second statement's: an exact tie goes to the second image.
+    """
+    logits = np.float32(scale) * cosines.astype(np.float32)
+    exp = np.exp(logits - logits.max(-1, keepdims=True))
+    first = exp[..., 0] / exp.sum(-1) > 0.5  # (..., 2): which statements choose the first image
+    return first[..., 0] & ~first[..., 1]
+
+
+def type_names(types: list[str]) -> list[str]:
+    """The types that occur, the paper's nine first and in its order, then others as they come."""
+    return [t for t in TYPES if t in types] + [t for t in dict.fromkeys(types) if t not in TYPES]
+
+
+def type_scores(values: np.ndarray, types: list[str]) -> dict[str, float]:
+    """The mean of a value per pair within each type, in percent."""
+    return {name: 100 * float(values[np.array(types) == name].mean()) for name in type_names(types)}
+
+
+def average(values: np.ndarray, types: list[str]) -> float:
+    """The benchmark's figure: the mean of the types' scores, in percent."""
+    return float(np.mean(list(type_scores(values, types).values())))
+
+
+def interval(values: np.ndarray, types: list[str], draws: int = 10_000) -> tuple[float, float]:
+    """The 95% interval of `average`: a seeded bootstrap over pairs, drawn within each type; in percentage points.
+
+    `values` is one number a pair: right or wrong, or the change between two CLIPs (-1, 0 or 1).
+    """
+    rng = np.random.default_rng(0)
+    groups = [values[np.array(types) == name].astype(float) for name in type_names(types)]
+    means = [rng.choice(group, (draws, len(group))).mean(1) for group in groups]
+    low, high = np.percentile(100 * np.mean(means, axis=0), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def mcnemar(won: int, lost: int) -> float:
+    """The exact two-sided McNemar p-value: `won` pairs against `lost` ones, were each as likely as the other."""
+    n, k = won + lost, min(won, lost)
+    return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
+
+
+def table(names: list[str], cosines: list[np.ndarray], pairs: list[Pair], recipes: list[str | None]) -> str:
+    """The scores as text: types as rows; a column for each CLIP and reading, and for the paper's figures where known.
+
+    Args:
+        names: one for each CLIP.
+        cosines: for each CLIP (readings, pairs, 2, 2), from `similarities`.
+        pairs: from `read_mmvp`.
+        recipes: for each CLIP the recipe that it is, if it is one: its published scores get a column.
+    """
+    types = [pair.type for pair in pairs]
+    head, columns, intervals = [], [], []
+    for k, (clip_cosines, recipe) in enumerate(zip(cosines, recipes), start=1):
+        for reading, right in zip(READINGS, pairs_right(clip_cosines)):
+            head.append(f"{k} {reading}")
+            columns.append([*type_scores(right, types).values(), average(right, types)])
+            intervals.append("{:.1f}–{:.1f}".format(*interval(right, types)))
+        baseline = RECIPES[recipe].baseline if recipe else None
+        if baseline and type_names(types) == TYPES:
+            head.append(f"{k} paper")
+            columns.append([*baseline, RECIPES[recipe].published[0]])
+            intervals.append("")
+    rows = [*type_names(types), "average"]
+    first = max(len(row) for row in (*rows, "95% interval"))
+    widths = [max(len(h), len(i), 5) for h, i in zip(head, intervals)]
+    lines = ["  ".join(["".ljust(first), *(h.rjust(w) for h, w in zip(head, widths))])]
+    for r, row in enumerate(rows):
+        lines.append("  ".join([row.ljust(first), *(f"{c[r]:.1f}".rjust(w) for c, w in zip(columns, widths))]))
+    lines.insert(-1, "-" * len(lines[0]))
+    lines.append("  ".join(["95% interval".ljust(first), *(i.rjust(w) for i, w in zip(intervals, widths))]))
+    return "\n".join([*(f"{k}: {name}" for k, name in enumerate(names, start=1)), "", *lines])
+
+
+def change(before: np.ndarray, after: np.ndarray, pairs: list[Pair]) -> list[dict]:
+    """The paired change between two CLIPs, for each reading: points, their 95% interval, pairs won and lost, p."""
+    types, changes = [pair.type for pair in pairs], []
+    for reading, a, b in zip(READINGS, pairs_right(before), pairs_right(after)):
+        won, lost = int((b & ~a).sum()), int((a & ~b).sum())
+        difference = b.astype(int) - a.astype(int)
+        low, high = interval(difference, types)
+        row = dict(reading=reading, points=average(difference, types), low=low, high=high)
+        changes.append(row | dict(won=won, lost=lost, p=mcnemar(won, lost)))
+    return changes
+
+
+def change_lines(changes: list[dict]) -> str:
+    """`change` in words, a line for each reading."""
+    return "\n".join(
+        "{reading:10} {points:+.1f} points (95% interval {low:+.1f} … {high:+.1f}), {won} pairs won, {lost} lost, "
+        "exact McNemar p = {p:.2g}".format(**c)
+        for c in changes
+    )
+
+
+def save_scores(folder: str | os.PathLike, names: list[str], cosines: list[np.ndarray], pairs: list[Pair]) -> None:
+    """Writes scores.json, and pairs.csv: a row for each pair and CLIP, its four cosines and outcome per reading."""
+    folder, types = Path(folder), [pair.type for pair in pairs]
+    folder.mkdir(parents=True, exist_ok=True)
+    scores, rows = [], []
+    for name, clip_cosines in zip(names, cosines):
+        entry = dict(clip=name)
+        for reading, right in zip(READINGS, pairs_right(clip_cosines)):
+            low, high = interval(right, types)
+            entry[reading] = dict(average=average(right, types), low=low, high=high, types=type_scores(right, types))
+        scores.append(entry)
+        for p, pair in enumerate(pairs):
+            row = dict(clip=name, type=pair.type, id1=pair.ids[0], id2=pair.ids[1])
+            row |= dict(statement1=pair.statements[0], statement2=pair.statements[1])
+            for reading, cosine in zip(READINGS, clip_cosines[:, p]):
+                row |= {f"{reading} s{s + 1} i{i + 1}": f"{cosine[s, i]:.7f}" for s in (0, 1) for i in (0, 1)}
+                row[f"{reading} right"] = int(pairs_right(cosine))
+            rows.append(row)
+    report = dict(pairs=len(pairs), clips=scores)
+    if len(cosines) == 2:
+        report["change"] = change(cosines[0], cosines[1], pairs)
+    (folder / "scores.json").write_text(json.dumps(report, indent=2) + "\n")
+    with open(folder / "pairs.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def report(names: list[str], cosines: list[np.ndarray], pairs: list[Pair], recipes: list[str | None]) -> str:
+    """The table, for two CLIPs the change from the first to the second, and what the paper reports for the recipe."""
+    parts = [table(names, cosines, pairs, recipes)]
+    if len(cosines) == 2:
+        parts.append("change from 1 to 2:\n" + change_lines(change(cosines[0], cosines[1], pairs)))
+    for recipe in dict.fromkeys(r for r in recipes if r and RECIPES[r].published):
+        parts.append("the paper (Table 1), {}: {:.1f} → {:.1f}".format(recipe, *RECIPES[recipe].published))
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="MMVP-VLM scores of any number of CLIPs, side by side.",
+        epilog="A CLIP is a recipe, ARCH:TAG of open_clip, hf-hub:OWNER/NAME, or a folder saved by a run. "
+        "Recipes: " + ", ".join(RECIPES) + ".",
+    )
+    parser.error = sys.exit  # a sentence, without the usage in front of it
+    parser.add_argument("clips", nargs="+", metavar="CLIP", help="the CLIPs to evaluate")
+    parser.add_argument("--mmvp", default="MMVP/MMVP_VLM", metavar="PATH", help="or a folder (default: %(default)s)")
+    parser.add_argument("--out", metavar="DIR", help="write scores.json and pairs.csv there")
+    parser.add_argument("--batch-size", type=int, default=32, help="images encoded at once (default: %(default)s)")
+    args = parser.parse_args()
+    for name in args.clips:
+        locate_clip(name)
+    if args.batch_size < 1:
+        raise SystemExit("--batch-size: must be at least 1")
+    pairs = read_mmvp(args.mmvp)
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cosines = [similarities(load_clip(name), pairs, device, args.batch_size) for name in args.clips]
+    recipes = [recipe_of(name) for name in args.clips]
+    print(report(args.clips, cosines, pairs, recipes))
+    if args.out:
+        save_scores(args.out, args.clips, cosines, pairs)
+        print(f"\nwritten: {args.out}/scores.json, {args.out}/pairs.csv")
+
+
+if __name__ == "__main__":
+    with one_sentence("evaluate_mmvp.py"):
+        sys.exit(main())
