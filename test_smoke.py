@@ -1,0 +1,929 @@
+"""The tests: every number is compared with something independent. `pytest` runs them on a CPU, without a network.
+
+The models are small random ones in the real formats, loaded by the same code as the real ones: a ViT and a SigLIP as
+open_clip folders, a Stable Diffusion as a diffusers folder.
+"""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it: nothing here waits for a hub
+
+# ruff: noqa: E402
+import csv
+import io
+import json
+import math
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+
+import condition
+import data
+import evaluate_mmvp
+import model
+import train
+
+ROOT = Path(__file__).parent
+WORDS = ["a", "photo", "of", "red", "blue", "cat", "dog", "left", "right", "one", "two"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Small models in the real formats
+
+
+def write_tokenizer(folder: Path, length: int) -> None:
+    """A word-level tokenizer that transformers reads; the end token has the highest id, as CLIP's pooling needs."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<unk>", "<start>", *WORDS, "<end>"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    ends = [("<start>", vocabulary["<start>"]), ("<end>", vocabulary["<end>"])]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<start> $A <end>", special_tokens=ends)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<start>",
+        eos_token="<end>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        model_max_length=length,
+    ).save_pretrained(folder)
+
+
+def write_clip(folder: Path, embed_dim: int, vision: dict, **more) -> Path:
+    """A CLIP as an open_clip folder, with random weights and preprocessing numbers of its own."""
+    text = dict(context_length=12, vocab_size=len(WORDS) + 4, width=24, heads=2, layers=1, hf_tokenizer_name="own")
+    config = dict(embed_dim=embed_dim, vision_cfg=vision, text_cfg=text, **more)
+    folder.mkdir()
+    own = dict(mean=[0.4, 0.5, 0.6], std=[0.2, 0.25, 0.3], interpolation="bicubic", resize_mode="squash")
+    (folder / "open_clip_config.json").write_text(json.dumps(dict(model_cfg=config, preprocess_cfg=own)))
+    write_tokenizer(folder, 12)
+    torch.manual_seed(1)
+    with model.quiet():
+        clip = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+    from safetensors.torch import save_file
+
+    save_file(clip.state_dict(), folder / "open_clip_model.safetensors")
+    return folder
+
+
+def write_diffusion(folder: Path, prediction_type: str = "epsilon") -> Path:
+    """A Stable Diffusion as a diffusers folder: latents of 1/4 of the side, a text of 9 positions."""
+    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(2)
+    sides = dict(block_out_channels=(8, 8, 8), layers_per_block=1, norm_num_groups=2)
+    AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3, sample_size=32, **sides
+    ).save_pretrained(folder / "vae")
+    UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=2,
+        cross_attention_dim=20,
+        attention_head_dim=2,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    ).save_pretrained(folder / "unet")
+    schedule = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction_type)
+    DDPMScheduler(**schedule).save_pretrained(folder / "scheduler")
+    write_tokenizer(folder / "tokenizer", 9)
+    text = CLIPTextConfig(
+        vocab_size=len(WORDS) + 4,
+        hidden_size=20,
+        intermediate_size=20,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=9,
+        bos_token_id=2,
+        eos_token_id=len(WORDS) + 3,
+    )
+    CLIPTextModel(text).save_pretrained(folder / "text_encoder")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory) -> Path:
+    """A folder with `vit`, `siglip`, `epsilon` and `v_prediction`."""
+    folder = tmp_path_factory.mktemp("models")
+    vit = dict(image_size=16, patch_size=4, width=24, layers=2, head_width=12)
+    write_clip(folder / "vit", 24, vit)
+    siglip = dict(
+        image_size=160, timm_model_name="test_vit", timm_model_pretrained=False, timm_pool="map", timm_proj="none"
+    )
+    write_clip(folder / "siglip", 64, siglip, custom_text=True, init_logit_bias=-10)
+    for prediction_type in ("epsilon", "v_prediction"):
+        write_diffusion(folder / prediction_type, prediction_type)
+    return folder
+
+
+def arguments(models: Path, out: Path, *more: str) -> list[str]:
+    """The command line of a small run on noise."""
+    return [
+        "--recipe",
+        "openai-vit-l-14-224",
+        "--clip",
+        f"{models}/vit",
+        "--diffusion",
+        f"{models}/epsilon",
+        "--data",
+        "synthetic",
+        "--recap",
+        "random:50%",
+        "--join",
+        "mean",
+        "--steps",
+        "3",
+        "--batch-size",
+        "4",
+        "--micro-batch",
+        "4",
+        "--lr",
+        "0.1",
+        "--workers",
+        "0",
+        "--out",
+        f"{out}",
+        *more,
+    ]
+
+
+def run(models: Path, out: Path, *more: str) -> Path:
+    """A small run in this process."""
+    train.train(train.parse_args(arguments(models, out, *more)))
+    return out
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(out / "checkpoint" / "weights.safetensors")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# condition.py: Algorithm 1, lines 2 and 3
+
+
+@pytest.mark.parametrize("name", ["vit", "siglip"])
+def test_tokens_are_clips_own(models, name):
+    clip = model.load_clip(f"{models}/{name}")
+    images = torch.randn(3, 3, clip.image_size, clip.image_size)
+    with torch.no_grad():
+        cls, local = condition.visual_tokens(clip.model.visual, images)
+        assert torch.equal(cls, clip.model.encode_image(images))  # to the last bit
+        if name == "vit":
+            clip.model.visual.output_tokens = True  # open_clip's other way to the tokens, before the projection
+            expected = clip.model.visual(images)[1] @ clip.model.visual.proj
+        else:
+            trunk = clip.model.visual.trunk
+            expected = trunk.forward_features(images)[:, trunk.num_prefix_tokens :]
+    assert torch.equal(local, expected)
+    assert local.shape[1] == condition.count_patches(clip.model.visual)
+
+
+def test_other_towers_are_refused(tmp_path):
+    vit = dict(image_size=16, patch_size=4, width=24, layers=2, head_width=12, pool_type="avg")
+    with pytest.raises(SystemExit, match="neither a ViT with a class token"):
+        model.load_clip(str(write_clip(tmp_path / "avg", 24, vit)))
+
+
+class NoInit(torch.overrides.TorchFunctionMode):
+    """Leaves new weights unwritten, so that a tower on its way to the meta device costs neither time nor memory."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function.__name__ in (
+            "normal_",
+            "uniform_",
+            "trunc_normal_",
+            "kaiming_uniform_",
+            "xavier_uniform_",
+            "fill_",
+        ):
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
+def test_every_recipe_has_the_papers_tokens():
+    tokens = {
+        "openai-vit-l-14-224": (256, 77),
+        "openai-vit-l-14-336": (576, 77),
+        "metaclip-vit-l-14-224": (256, 257),
+        "metaclip-vit-h-14-224": (256, 257),
+        "siglip-so400m-14-224": (256, 43),
+        "siglip-so400m-14-384": (729, 73),
+        "dfn-vit-h-14-224": (256, 257),
+        "dfn-vit-h-14-378": (729, 365),
+    }
+    assert set(tokens) == set(model.RECIPES) - {"miniature"}
+    towers = {}
+    for name, (patches, count) in tokens.items():
+        recipe = model.RECIPES[name]
+        source, tag = model.locate_clip(name)
+        assert tag in open_clip.list_pretrained_tags_by_model(source)
+        if source not in towers:
+            with NoInit():
+                clip = model.load_clip(name, random_weights=True, device="meta")
+            images = torch.empty(1, 3, clip.image_size, clip.image_size, device="meta")
+            towers[source] = condition.visual_tokens(clip.model.visual, images)[1].shape[1]
+            assert towers[source] == condition.count_patches(clip.model.visual)
+        assert towers[source] == recipe.patches == patches
+        assert model.parse_recap(recipe.recap, patches).count + 1 == count
+        assert (recipe.join == "positions") == (count == 77)
+        assert np.isclose(np.mean(recipe.baseline), recipe.published[0], atol=0.06)  # the paper's average of its types
+
+
+def test_recap_is_uniform_and_without_replacement():
+    rng = np.random.default_rng(0)
+    patches = np.stack([condition.draw_patches(20, 5, 2, rng) for _ in range(4000)])  # (images, states, K)
+    assert patches.shape == (4000, 2, 5)
+    assert all(len(set(state)) == 5 for image in patches for state in image)
+    counts = np.bincount(patches.ravel(), minlength=20)  # each of 20 patches: 8,000 draws of 5 of 20
+    assert abs(counts - 2000).max() < 5 * math.sqrt(8000 * 0.25 * 0.75)
+    together = (patches == 3).any(-1) & (patches == 7).any(-1)  # and each pair of them: 5 · 4 / (20 · 19)
+    assert abs(together.mean() - 1 / 19) < 5 * math.sqrt(1 / 19 / 8000)
+    assert (patches[:, 0] == patches[:, 1]).all(-1).mean() < 0.01  # drawn afresh for each state
+
+
+def test_recap_takes_the_tokens_it_names():
+    cls, local = torch.randn(2, 4), torch.randn(2, 7, 4)
+    drawn = torch.tensor([[[6, 1], [0, 2]], [[3, 4], [5, 6]]])
+    random = condition.dense_recap(cls, local, drawn, 1)
+    assert torch.equal(random[1, 0], torch.stack([cls[1], local[1, 3], local[1, 4]]))
+    pooled = condition.dense_recap(cls, local, None, 3)  # 7 patches: two windows, the seventh is dropped
+    assert pooled.shape == (2, 1, 3, 4)
+    torch.testing.assert_close(pooled[:, 0, 1:], torch.nn.functional.avg_pool1d(local.mT, 3, 3).mT)
+    assert torch.equal(condition.dense_recap(cls, local, None, 1)[:, 0], torch.cat([cls[:, None], local], 1))
+    assert torch.equal(condition.dense_recap(cls, local, drawn[..., :0], 1), cls[:, None, None].expand(2, 2, 1, 4))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loss and its gradient: Algorithm 1, lines 2 to 5
+
+
+def algorithm_1(
+    clip, diffusion, module, recap: str, join: str, images, latents, drawn, prediction: str
+) -> torch.Tensor:
+    """The paper's algorithm, written out image by image and state by state, in the precision of its arguments."""
+    beta = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2  # SD's schedule, from its formula
+    visual, losses = clip.visual, []
+    for b, image in enumerate(images):
+        pooled = clip.encode_image(image[None])[0]
+        if hasattr(visual, "trunk"):
+            local = visual.trunk.forward_features(image[None])[0, visual.trunk.num_prefix_tokens :]
+        else:
+            visual.output_tokens = True
+            local = visual(image[None])[1][0] @ visual.proj
+            visual.output_tokens = False
+        for n, t in enumerate(drawn["timesteps"][b].tolist()):
+            if recap == "pool:5":
+                tokens = [local[i : i + 5].mean(0) for i in range(0, len(local) - 4, 5)]
+            elif recap == "all":
+                tokens = list(local)
+            else:
+                tokens = [local[i] for i in drawn["patches"][b, n].tolist()]
+            tokens = torch.stack([pooled, *tokens]) @ module.projection.weight.T + module.projection.bias
+            text = diffusion.text[0] if join == "positions" else diffusion.text[0].mean(0)
+            alpha_bar = torch.prod(1 - beta[: t + 1])
+            z, noise = latents[b], drawn["noise"][b, n]
+            z_t = alpha_bar.sqrt() * z + (1 - alpha_bar).sqrt() * noise
+            target = noise if prediction == "epsilon" else alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * z
+            output = diffusion.unet(z_t[None].to(text), torch.tensor([t]), (tokens + text)[None]).sample[0]
+            losses.append(((output - target) ** 2).mean())
+    return torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize(
+    "name, recap, join, prediction",
+    [
+        ("vit", "random:50%", "mean", "epsilon"),
+        ("vit", "random:8", "positions", "v_prediction"),  # 1 + 8 tokens, as many as the text has positions
+        ("vit", "all", "mean", "v_prediction"),
+        ("siglip", "pool:5", "mean", "epsilon"),
+        ("vit", "none", "mean", "epsilon"),
+    ],
+)
+def test_loss_and_gradients_are_algorithm_1(models, name, recap, join, prediction):
+    clip = model.load_clip(f"{models}/{name}")
+    diffusion = model.load_diffusion(f"{models}/{prediction}", "a red cat", torch.float32, "cpu")
+    patches = condition.count_patches(clip.model.visual)
+    parsed = model.parse_recap(recap, patches)
+    module = condition.VisualCondition(clip, diffusion, parsed, join, seed=3)
+    rng = np.random.default_rng(4)
+    drawn = [train.draw(rng, (3, *diffusion.latent_shape(32)), 1000, patches, parsed) for _ in range(2)]
+    drawn = {key: torch.from_numpy(np.stack([d[key] for d in drawn])) for key in drawn[0]}
+    pixels = torch.rand(2, 3, 32, 32)
+    images, latents = clip.view(pixels), diffusion.encode(pixels)
+
+    c = module(images, diffusion.text, drawn.get("patches"))
+    loss = train.denoising_loss(diffusion, latents, c, drawn["timesteps"], drawn["noise"])
+    loss.backward()
+    gradients = {k: p.grad.double() for k, p in module.named_parameters()}
+
+    module.double().zero_grad()
+    diffusion.unet.double()
+    diffusion.text = diffusion.text.double()
+    exact = {k: v.double() if v.is_floating_point() else v for k, v in drawn.items()}
+    expected = algorithm_1(
+        clip.model, diffusion, module, recap, join, images.double(), latents.double(), exact, prediction
+    )
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    largest = max(p.grad.norm() for p in module.parameters())
+    for k, p in module.named_parameters():
+        assert (gradients[k] - p.grad).norm() <= 1e-4 * p.grad.norm() + 1e-6 * largest, k
+    assert all(p.grad is None for p in [*diffusion.unet.parameters(), *diffusion.vae.parameters()])
+
+
+def test_condition_in_bf16_is_near_fp32(models):
+    clip = model.load_clip(f"{models}/vit")
+    losses = []
+    for dtype in (torch.float32, torch.bfloat16):
+        diffusion = model.load_diffusion(f"{models}/epsilon", "", dtype, "cpu")
+        module = condition.VisualCondition(clip, diffusion, model.parse_recap("all", 16), "mean", seed=0)
+        torch.manual_seed(5)
+        pixels, noise, t = torch.rand(4, 3, 32, 32), torch.randn(4, 2, 4, 8, 8), torch.randint(0, 1000, (4, 2))
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            c = module(clip.view(pixels), diffusion.text)
+        losses.append(train.denoising_loss(diffusion, diffusion.encode(pixels), c, t, noise))
+        assert losses[-1].dtype == torch.float32 and diffusion.unet.dtype == dtype
+        losses[-1].backward()
+        assert all(p.dtype == p.grad.dtype == torch.float32 for p in module.parameters())
+        module.zero_grad()
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=0.01)
+
+
+def test_text_embedding_and_latents_are_diffusers(models):
+    """Beside diffusers' own pipeline: the prompt's embedding, and the VAE's mean times the scaling factor."""
+    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import AutoTokenizer, CLIPTextModel
+
+    folder = models / "epsilon"
+    diffusion = model.load_diffusion(str(folder), "a red cat", torch.float32, "cpu")
+    parts = dict(vae=AutoencoderKL, unet=UNet2DConditionModel, tokenizer=AutoTokenizer, text_encoder=CLIPTextModel)
+    parts = {name: part.from_pretrained(folder, subfolder=name) for name, part in parts.items()}
+    pipe = StableDiffusionPipeline(
+        **parts, scheduler=None, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
+    prompt, _ = pipe.encode_prompt("a red cat", "cpu", 1, False)
+    torch.testing.assert_close(diffusion.text, prompt)
+    pixels = torch.rand(2, 3, 32, 32)
+    moments = parts["vae"].quant_conv(parts["vae"].encoder(pixels * 2 - 1))
+    torch.testing.assert_close(diffusion.encode(pixels), moments[:, :4] * 0.18215)
+
+
+def test_clips_view_is_its_own_preprocessing(models):
+    """Pillow's bicubic resize and the folder's own numbers, within the rounding of Pillow's 8 bits."""
+    clip = model.load_clip(f"{models}/vit")
+    image = Image.effect_mandelbrot((48, 48), (-2, -1.5, 1, 1.5), 30).convert("RGB")
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
+    rounding = 2.5 / 255 / torch.tensor([0.2, 0.25, 0.3])[:, None, None]  # it rounds twice, after rows and columns
+    assert ((clip.view(pixels)[0] - clip.preprocess()(image)).abs() < rounding).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data.py
+
+
+def jpeg(image: Image.Image, **more) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", **more)
+    return buffer.getvalue()
+
+
+def write_shard(path: Path, files: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def test_shards_read_what_tarfile_reads(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    shards, expected = [], []
+    for s in range(3):
+        files = {}
+        for i in range(4):
+            key = f"{s:05}{i:04}" + "long" * 40 * (i == 2)  # a name beyond 100 bytes takes another header
+            files |= {
+                f"{key}.jpg": rng.bytes(int(rng.integers(1, 2000))),
+                f"{key}.txt": b"caption",
+                f"{key}.json": b"{}",
+            }
+        shards.append(str(write_shard(tmp_path / f"{s:05}.tar", files)))
+        with tarfile.open(shards[-1]) as tar:
+            expected += [tar.extractfile(m).read() for m in tar.getmembers() if m.name.endswith(".jpg")]
+    images = data.open_images([f"{tmp_path}/*.tar"])
+    assert [images.read(i) for i in range(len(images))] == expected
+
+    monkeypatch.setattr(tarfile, "open", None)  # from here on the cache must do
+    assert np.array_equal(data.open_images(shards).members, images.members)
+    cache = Path(shards[0] + ".index.npy")
+    cache.write_bytes(cache.read_bytes()[:100])  # cut short: made again, with tarfile
+    monkeypatch.undo()
+    assert np.array_equal(data.open_images(shards).members, images.members)
+    write_shard(Path(shards[0]), {"a.png": b"12345"})  # changed: made again
+    assert data.open_images(shards).read(0) == b"12345" and len(data.open_images(shards)) == 9
+
+    cache.unlink()
+    cache.mkdir()  # no cache can be written beside the shard: it goes to the user's cache folder
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    assert data.open_images(shards).read(0) == b"12345"
+    assert len(list((tmp_path / "home" / "diva").glob("*.npy"))) == 1
+
+
+def test_a_folder_is_read_recursively(tmp_path):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    for name in ("z.jpg", "a/x.PNG", "a/b/y.webp", "a/notes.txt", "a/._x.png"):
+        (tmp_path / name).write_bytes(name.encode())
+    files = data.open_images([str(tmp_path)])
+    assert [files.read(i) for i in range(len(files))] == [b"a/b/y.webp", b"a/x.PNG", b"z.jpg"]
+
+
+def test_images_come_out_as_a_person_sees_them():
+    ramp = np.linspace(0, 255, 64, dtype=np.uint8)[None].repeat(64, 0)  # dark on the left, light on the right
+    grey = Image.fromarray(ramp)
+    see = {
+        "L": grey, "RGB": grey.convert("RGB"), "CMYK": grey.convert("RGB").convert("CMYK"), "P": grey.convert("P"),
+        "1": grey.point(lambda v: 255 * (v > 127)).convert("1"), "LA": grey.convert("LA"),
+        "I;16": Image.fromarray(ramp.astype(np.uint16) * 257), "I": Image.fromarray(ramp.astype(np.int32) * 257),
+    }  # fmt: skip
+    for mode, image in see.items():
+        rgb = data.to_rgb(image)
+        expected = ramp if mode != "1" else 255 * (ramp > 127)
+        assert rgb.mode == "RGB" and np.abs(np.asarray(rgb).mean(-1) - expected).max() <= 1, mode
+
+    mask = Image.fromarray(255 * np.eye(64, dtype=np.uint8))  # opaque on the diagonal alone: the rest is white
+    transparent = grey.convert("RGBA")
+    transparent.putalpha(mask)
+    assert np.array_equal(np.asarray(data.to_rgb(transparent))[..., 0], np.where(np.eye(64), ramp, 255))
+    palette = Image.fromarray((ramp > 127).astype(np.uint8), "P")
+    palette.putpalette([255, 0, 0, 0, 0, 255])
+    palette.info["transparency"] = 0  # the left half
+    assert np.asarray(data.to_rgb(palette))[0, [0, 63]].tolist() == [[255, 255, 255], [0, 0, 255]]
+
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: a viewer shows it rotated by 90° clockwise
+    turned = data.to_rgb(Image.open(io.BytesIO(jpeg(grey, exif=exif, quality=95))))
+    assert np.abs(np.asarray(turned)[..., 0].astype(int) - np.rot90(ramp, -1)).max() < 8
+
+
+def test_crops_have_the_papers_area_and_ratio(monkeypatch):
+    rng = np.random.default_rng(0)
+    for width, height in ((500, 375), (375, 500), (1000, 200), (64, 64)):
+        boxes = np.array([data.random_crop_box(width, height, rng) for _ in range(500)])
+        w, h = (boxes[:, 2:] - boxes[:, :2]).T
+        assert boxes.min() >= 0 and boxes.max() <= 1 + 1e-9
+        ratio = w * width / (h * height)
+        assert ratio.min() > 3 / 4 - 1e-9 and ratio.max() < 4 / 3 + 1e-9
+        if width != 1000:  # that one is too wide for the area: its largest centred crop
+            assert (w * h).min() > 0.9 - 1e-9 or width == 64
+    # One resize from a JPEG decoded at a fraction of its size, beside a crop and a resize of the whole.
+    image = Image.effect_mandelbrot((1600, 1200), (-2, -1.5, 1, 1.5), 100).convert("RGB")
+    box = (0.05, 0.02, 0.97, 0.99)
+    monkeypatch.setattr(data, "random_crop_box", lambda width, height, rng: box)
+    crop = data.decode_crop(jpeg(image, quality=95), 128, rng).permute(1, 2, 0).numpy()
+    whole = image.crop((80, 24, 1552, 1188)).resize((128, 128), Image.Resampling.BICUBIC)
+    assert np.abs(crop.astype(int) - np.asarray(whole)).mean() < 3
+
+
+def test_draws_depend_on_seed_step_and_position_alone(tmp_path):
+    image = Image.effect_noise((40, 40), 90).convert("RGB")
+    files = {f"{i}.jpg": jpeg(image.rotate(30 * i)) for i in range(5)}
+    source = data.open_images([str(write_shard(tmp_path / "0.tar", files))])
+
+    def draw(rng):
+        return train.draw(rng, (2, 4, 8, 8), 1000, 16, model.parse_recap("random:8", 16))
+
+    def read(micro_batch: int, processes: int, workers: int, seed: int = 0) -> dict:
+        """Every item of steps 1 and 2 of a batch of 4, by step and position."""
+        found = {}
+        for rank in range(processes):
+            images = data.TrainingImages(source, 32, 4, seed, draw)
+            keys = list(data.micro_batches(1, 3, 4, micro_batch, rank, processes))
+            for batch_keys, batch in zip(keys, data.make_loader(images, iter(keys), workers, False), strict=True):
+                for i, key in enumerate(batch_keys):
+                    found[key] = [batch[k][i] for k in ("images", "timesteps", "noise", "patches")]
+        return found
+
+    one = read(4, 1, 0)
+    assert sorted(one) == [(step, position) for step in (1, 2) for position in range(4)]
+    for other in (read(1, 2, 0), read(2, 1, 2)):
+        assert all(torch.equal(a, b) for key in one for a, b in zip(one[key], other[key], strict=True))
+    changed = read(4, 1, 0, seed=1)
+    assert not any(torch.equal(one[key][2], changed[key][2]) for key in one)
+    noises = torch.stack([item[2] for item in one.values()])
+    assert len(noises.flatten(1).unique(dim=0)) == 8  # no two images share their noise
+
+    order = data.TrainingImages(source, 32, 4)
+    seen = [order.index(*divmod(i, 4)) for i in range(10)]  # 2.5 steps are two epochs of 5 images
+    assert sorted(seen[:5]) == sorted(seen[5:]) == [0, 1, 2, 3, 4] and seen[:5] != seen[5:]
+
+
+def test_unreadable_images_are_replaced_and_too_many_stop_the_run(models, tmp_path):
+    good = jpeg(Image.effect_noise((40, 40), 90).convert("RGB"))
+    broken = {"empty": b"", "text": b"not an image", "cut": good[: len(good) // 2]}
+    files = {f"{i:03}.jpg": good for i in range(60)} | {f"1{name}.jpg": content for name, content in broken.items()}
+    folder = tmp_path / "few"
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    run(models, tmp_path / "run", "--data", str(folder), "--steps", "21", "--batch-size", "6", "--micro-batch", "6")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    images = data.TrainingImages(data.open_images([str(folder)]), 32, 6)
+    order = [images.index(*divmod(i, 6)) for i in range(126)]
+    following = {60: 3, 61: 2, 62: 1}  # the three broken ones are the last: the next readable one is the first
+    assert lines[-1]["unreadable"] == sum(following.get(i, 0) for i in order) == 12
+
+    for name in list(files)[:9]:
+        (folder / name).write_bytes(b"")
+    with pytest.raises(SystemExit, match=r"step \d+: \d+ of \d+ images could not be read: .*\(Unidentified"):
+        run(
+            models, tmp_path / "run2", "--data", str(folder), "--steps", "21", "--batch-size", "6", "--micro-batch", "6"
+        )
+    train.dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train.py
+
+
+def test_learning_rate_is_the_papers():
+    rates = [train.learning_rate(step, 4600, 1e-4, 0.005) for step in range(4600)]
+    assert rates[0] == pytest.approx(1e-4 / 23) and rates[22] == rates[23] == max(rates) == 1e-4  # 23 steps of warm-up
+    assert rates[23 + 4577 // 2] == pytest.approx(0.5e-4, rel=1e-3) and 0 < rates[-1] < 1e-10
+    assert train.learning_rate(0, 1, 1e-4, 0) == 1e-4
+
+
+def test_only_the_tower_and_the_linear_layer_move(models, tmp_path, monkeypatch):
+    kept = {}
+
+    def keep(name):
+        original = getattr(train, name)
+
+        def wrapped(*args, **more):
+            kept[name] = original(*args, **more)
+            kept[name + " before"] = {k: v.clone() for k, v in state(kept[name]).items()}
+            return kept[name]
+
+        monkeypatch.setattr(train, name, wrapped)
+
+    def state(loaded) -> dict:
+        if isinstance(loaded, model.Clip):
+            return loaded.model.state_dict()
+        return {**loaded.vae.state_dict(), **{f"unet.{k}": v for k, v in loaded.unet.state_dict().items()}}
+
+    keep("load_clip")
+    keep("load_diffusion")
+    optimizers = []
+    sgd = torch.optim.SGD
+    monkeypatch.setattr(
+        torch.optim, "SGD", lambda *args, **more: optimizers.append(sgd(*args, **more)) or optimizers[-1]
+    )
+    for freeze in ([], ["--freeze-projection"]):
+        run(models, tmp_path / f"run{len(freeze)}", *freeze)
+        clip, before, after = kept["load_clip"], kept["load_clip before"], state(kept["load_clip"])
+        held = {id(p) for group in optimizers[-1].param_groups for p in group["params"]}
+        visual = {id(p) for p in clip.model.visual.parameters()}
+        assert visual < held if not freeze else visual == held
+        assert len(held) == len(visual) + (0 if freeze else 2)  # the layer's weight and bias
+        moved = {k for k in before if not torch.equal(before[k], after[k])}
+        assert moved == {k for k, p in clip.model.visual.named_parameters(prefix="visual")}
+        assert all(torch.equal(v, state(kept["load_diffusion"])[k]) for k, v in kept["load_diffusion before"].items())
+    assert torch.equal(weights(tmp_path / "run1")["projection.weight"], fresh_projection(clip, kept["load_diffusion"]))
+
+
+def fresh_projection(clip, diffusion) -> torch.Tensor:
+    return condition.VisualCondition(clip, diffusion, model.parse_recap("none", 16), "mean", 0).projection.weight
+
+
+def test_a_step_is_sgd_on_the_mean_of_its_images(models, tmp_path):
+    """One step of `train`, beside the gradient of the whole batch, clipped and taken by hand."""
+    run(models, tmp_path / "run", "--steps", "1", "--micro-batch", "1", "--max-grad-norm", "0.01", "--lr", "2")
+    clip = model.load_clip(f"{models}/vit")
+    diffusion = model.load_diffusion(f"{models}/epsilon", "", torch.float32, "cpu")
+    recap = model.parse_recap("random:50%", 16)
+    module = condition.VisualCondition(clip, diffusion, recap, "mean", 0)
+    images = data.TrainingImages(None, 32, 4, 0, lambda rng: train.draw(rng, (2, 4, 8, 8), 1000, 16, recap))
+    batch = train.to_device(data.collate([images[0, position] for position in range(4)]), torch.device("cpu"))
+    c = module(clip.view(batch["images"]), diffusion.text, batch["patches"])
+    loss = train.denoising_loss(diffusion, diffusion.encode(batch["images"]), c, batch["timesteps"], batch["noise"])
+    loss.backward()
+    norm = torch.cat([p.grad.flatten() for p in module.parameters()]).norm()
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    assert line["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-4) and norm > 0.01
+    for k, p in module.named_parameters():
+        torch.testing.assert_close(
+            weights(tmp_path / "run")[k], (p - 2 * p.grad * 0.01 / norm).detach(), rtol=1e-5, atol=1e-6
+        )
+
+
+def test_processes_and_accumulation_change_nothing(models, tmp_path):
+    """2 processes × 2 images, 1 × 4, and 1 × 2 accumulated twice: the same weights after three steps."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "train.py"]
+    outs = {}
+    for processes, micro_batch in ((2, 2), (1, 4), (1, 2)):
+        out = outs[processes, micro_batch] = tmp_path / f"{processes}x{micro_batch}"
+        command = (
+            torchrun[:-1] + [f"--nproc_per_node={processes}", "train.py"]
+            if processes > 1
+            else [sys.executable, "train.py"]
+        )
+        command += arguments(models, out, "--micro-batch", str(micro_batch))
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
+    start = model.load_clip(f"{models}/vit").model.visual.state_dict()
+    one = weights(outs[1, 4])
+    moved = max((one[f"visual.{k}"] - v).norm() / v.norm() for k, v in start.items())
+    assert moved > 1e-4
+    for other in (weights(outs[2, 2]), weights(outs[1, 2])):
+        for k in one:
+            assert (other[k] - one[k]).norm() <= 1e-5 * one[k].norm(), k
+
+
+def test_a_resumed_run_ends_in_the_same_bits(models, tmp_path, monkeypatch):
+    run(models, tmp_path / "whole", "--steps", "4", "--save-every", "2")
+    saved = train.save_clip
+
+    def die(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "save_clip", die)  # after the checkpoint of step 2
+    with pytest.raises(KeyboardInterrupt):
+        run(models, tmp_path / "died", "--steps", "4", "--save-every", "2")
+    train.dist.destroy_process_group()
+    monkeypatch.setattr(train, "save_clip", saved)
+    with pytest.raises(SystemExit, match="holds another run .steps 4 there, 5 here"):
+        run(models, tmp_path / "died", "--steps", "5")
+    train.dist.destroy_process_group()
+    run(models, tmp_path / "died", "--steps", "4", "--save-every", "2")
+    one, other = weights(tmp_path / "whole"), weights(tmp_path / "died")
+    assert all(torch.equal(one[k], other[k]) for k in one)
+    lines = [[json.loads(x) for x in (tmp_path / out / "metrics.jsonl").open()] for out in ("whole", "died")]
+    assert [[x[k] for k in ("step", "loss", "grad_norm", "lr")] for x in lines[0]] == [
+        [x[k] for k in ("step", "loss", "grad_norm", "lr")] for x in lines[1]
+    ]
+
+
+def test_a_loss_that_is_not_finite_stops_before_its_step(models, tmp_path, monkeypatch):
+    loss, calls = train.denoising_loss, []
+
+    def third_is_nan(*args):
+        calls.append(1)
+        return loss(*args) * (math.nan if len(calls) == 3 else 1)
+
+    monkeypatch.setattr(train, "denoising_loss", third_is_nan)
+    with pytest.raises(SystemExit, match="step 2: the loss is nan"):
+        run(models, tmp_path / "run", "--save-every", "1", "--steps", "5")
+    train.dist.destroy_process_group()
+    monkeypatch.setattr(train, "denoising_loss", loss)
+    run(models, tmp_path / "two", "--save-every", "1", "--steps", "5", "--lr", "0.1")
+    assert json.loads((tmp_path / "run" / "checkpoint" / "state.json").read_text())["step"] == 2
+    reloaded = open_clip.create_model(f"local-dir:{tmp_path}/run/clip")
+    kept = weights(tmp_path / "run")
+    assert all(torch.equal(v, kept[f"visual.{k}"]) for k, v in reloaded.visual.state_dict().items())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The saved CLIP
+
+
+@pytest.mark.parametrize("name", ["vit", "siglip", "ViT-B-32:openai"])
+def test_the_saved_clip_is_open_clips(models, tmp_path, name):
+    source = name if ":" in name else f"{models}/{name}"
+    clip = model.load_clip(source, random_weights=":" in name)
+    model.save_clip(clip, tmp_path / "clip")
+    reloaded, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}/clip")
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{tmp_path}/clip")
+    reloaded.eval()
+    image = Image.effect_noise((50, 40), 90).convert("RGB")
+    tokens = tokenizer(["a photo of red cat", "blue"])
+    assert torch.equal(tokens, clip.tokenizer()(["a photo of red cat", "blue"]))
+    assert torch.equal(preprocess(image), clip.preprocess()(image))
+    with torch.no_grad():
+        assert torch.equal(
+            reloaded.encode_image(preprocess(image)[None]), clip.model.encode_image(preprocess(image)[None])
+        )
+        assert torch.equal(reloaded.encode_text(tokens), clip.model.encode_text(tokens))
+    if ":" in name:  # OpenAI's weights need their own activation, which this architecture's name does not say
+        assert json.loads((tmp_path / "clip" / "open_clip_config.json").read_text())["model_cfg"]["quick_gelu"]
+
+
+def test_a_clip_without_its_tokenizer_is_saved_all_the_same(models, tmp_path):
+    clip = model.load_clip(f"{models}/siglip")
+    clip.source = "ViT-B-16-SigLIP"  # a tokenizer on the hub, which is out of reach
+    model.save_clip(clip, tmp_path / "clip")
+    assert clip.no_tokenizer.startswith("the tokenizer of ViT-B-16-SigLIP could not be loaded: ")
+    reloaded = open_clip.create_model(f"local-dir:{tmp_path}/clip")
+    assert all(torch.equal(v, clip.model.state_dict()[k]) for k, v in reloaded.state_dict().items())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# evaluate_mmvp.py
+
+
+def write_mmvp(folder: Path, pairs_per_type: int = 2, types: tuple[str, ...] = ("Color", "Camera Perspective")) -> Path:
+    rng, rows = np.random.default_rng(0), [["Question ID", "Type", "Statement"]]
+    for type_name in types:
+        images = folder / "MLLM_VLM Images" / type_name
+        images.mkdir(parents=True)
+        for _ in range(2 * pairs_per_type):
+            i = len(rows)
+            Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(images / f"{i}.jpg")
+            rows.append([i, type_name, " ".join(rng.choice(WORDS, 3))])
+    with open(folder / "Questions.csv", "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    return folder
+
+
+def test_scores_are_the_benchmarks(models, tmp_path):
+    """Beside the benchmark's rule written out pair by pair, with open_clip's own calls."""
+    pairs = evaluate_mmvp.read_mmvp(str(write_mmvp(tmp_path / "mmvp", pairs_per_type=12)))
+    for name in ("vit", "siglip"):
+        cosines = evaluate_mmvp.similarities(model.load_clip(f"{models}/{name}"), pairs, "cpu", batch_size=6)
+        right = evaluate_mmvp.pairs_right(cosines)
+        clip, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{models}/{name}")
+        tokenizer = open_clip.get_tokenizer(f"local-dir:{models}/{name}")
+        clip.eval()
+        scores = {"Color": [0, 0], "Camera Perspective": [0, 0]}
+        for p, pair in enumerate(pairs):
+            images = torch.stack([preprocess(Image.open(path)) for path in pair.images])
+            texts = tokenizer(["a photo of " + s for s in pair.statements])
+            with torch.no_grad():
+                _, local = condition.visual_tokens(clip.visual, images)
+                unit = clip.encode_image(images, normalize=True)
+                local = torch.stack(
+                    [torch.stack([t / t.norm() for t in tokens]).sum(0) / len(tokens) for tokens in local]
+                )
+                for r, features in enumerate((unit, (unit + local) / (unit + local).norm(dim=1, keepdim=True))):
+                    logits = 100 * clip.encode_text(texts, normalize=True) @ features.T
+                    torch.testing.assert_close(torch.from_numpy(cosines[r, p]), logits / 100, atol=1e-6, rtol=0)
+                    chosen = [1 if softmax[0] > 0.5 else 2 for softmax in logits.softmax(1)]
+                    scores[pair.type][r] += chosen == [1, 2]
+        types = [pair.type for pair in pairs]
+        for r in (0, 1):
+            found = evaluate_mmvp.type_scores(right[r], types)
+            assert found == pytest.approx({t: 100 * n[r] / 12 for t, n in scores.items()})
+            assert evaluate_mmvp.average(right[r], types) == pytest.approx(
+                sum(n[r] for n in scores.values()) / 24 * 100
+            )
+
+
+def test_a_tie_goes_to_the_second_image():
+    cosines = np.array(
+        [[[0.3, 0.2], [0.2, 0.3]], [[0.3, 0.3], [0.2, 0.3]], [[0.3, 0.2], [0.2, 0.2]], [[0.2, 0.3], [0.2, 0.3]]]
+    )
+    assert evaluate_mmvp.pairs_right(cosines).tolist() == [True, False, True, False]
+
+
+def test_intervals_and_p_values():
+    """Beside the binomial distribution in closed form: the bootstrap of nine types of 15 pairs, and McNemar's test."""
+    rng = np.random.default_rng(1)
+    types = [name for name in evaluate_mmvp.TYPES for _ in range(15)]
+    right = rng.random(135) < 0.3
+    shares = [right[np.array(types) == name].mean() for name in evaluate_mmvp.TYPES]
+    spread = 100 * math.sqrt(sum(p * (1 - p) / 15 for p in shares)) / 9  # of the mean of nine binomial shares
+    low, high = evaluate_mmvp.interval(right, types)
+    assert (high - low) / (2 * 1.96 * spread) == pytest.approx(1, abs=0.05)
+    assert (low + high) / 2 == pytest.approx(evaluate_mmvp.average(right, types), abs=0.8)
+    assert evaluate_mmvp.mcnemar(14, 5) == pytest.approx(
+        0.0636, abs=1e-4
+    )  # 2 · P(X ≤ 5), X ~ B(19, 1/2): 33,328 / 2^19
+    assert evaluate_mmvp.mcnemar(0, 6) == 2 / 2**6 and evaluate_mmvp.mcnemar(3, 3) == evaluate_mmvp.mcnemar(0, 0) == 1
+
+
+def test_the_command_compares_two_clips(models, tmp_path):
+    mmvp = write_mmvp(tmp_path / "mmvp", 3, tuple(evaluate_mmvp.TYPES))
+    run(models, tmp_path / "run", "--mmvp", str(mmvp), "--lr", "30", "--max-grad-norm", "0")
+    command = [sys.executable, "evaluate_mmvp.py", f"{models}/vit", f"{tmp_path}/run/clip", "--mmvp", str(mmvp)]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "scores")], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    scores = json.loads((tmp_path / "scores" / "scores.json").read_text())
+    assert scores["change"] == json.loads((tmp_path / "run" / "mmvp" / "scores.json").read_text())["change"]
+    with open(tmp_path / "scores" / "pairs.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * 27
+    for c, entry in enumerate(scores["clips"]):
+        for reading in evaluate_mmvp.READINGS:
+            mine = rows[27 * c : 27 * c + 27]
+            assert entry[reading]["average"] == pytest.approx(100 * sum(int(r[f"{reading} right"]) for r in mine) / 27)
+            assert f"{entry[reading]['average']:.1f}" in done.stdout
+            for row in mine:
+                s = [float(row[f"{reading} s{i} i{j}"]) for i in (1, 2) for j in (1, 2)]
+                assert int(row[f"{reading} right"]) == (s[0] > s[1] and s[3] > s[2])
+    for reading, change in zip(evaluate_mmvp.READINGS, scores["change"], strict=True):
+        before, after = ([int(r[f"{reading} right"]) for r in rows[27 * c : 27 * c + 27]] for c in (0, 1))
+        assert change["won"] - change["lost"] == sum(after) - sum(before)
+        assert change["points"] == pytest.approx(100 * (sum(after) - sum(before)) / 27)
+
+
+@pytest.mark.parametrize(
+    "row, content, message",
+    [
+        (1, "Id,Type,Statement", r"row 1: the header must be"),
+        (3, "2,Colour,a cat", r"row 3: type 'Colour' differs from its partner's, 'Color'"),
+        (2, "1,Color", r"row 2: needs an id, a type and a statement"),
+        (2, "one,Color,a cat", r"row 2: the id 'one' is not a number"),
+        (3, "9,Color,a cat", r"row 3: id 9 does not follow"),
+        (5, None, r"row 4: rows come in pairs"),
+        ((2, 3), "{},../Color,a cat", r"row 2: type '../Color' has no folder"),
+        ((2, 3), "{},Colour,a cat", r"row 2: type 'Colour' has no folder"),
+        ((4, 5), "1{},Color,a cat", r"row 4: no such image: .*13.jpg"),
+    ],
+)
+def test_a_bad_benchmark_is_refused_by_row(tmp_path, row, content, message):
+    folder = write_mmvp(tmp_path / "mmvp", types=("Color",))
+    lines = (folder / "Questions.csv").read_text().splitlines()
+    for n in row if isinstance(row, tuple) else [row]:
+        lines[n - 1] = content.format(n - 1) if content else ""
+    (folder / "Questions.csv").write_text("\n".join(lines))
+    with pytest.raises(SystemExit, match=message):
+        evaluate_mmvp.read_mmvp(str(folder))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input: a sentence
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--recipe", "openai"], "--recipe openai: no such recipe; there are miniature, openai-vit"),
+        (["--data", "nowhere/0.tar"], "--data nowhere/0.tar: no such file or folder"),
+        (
+            ["--recap", "random:300", "--clip", "openai-vit-l-14-224"],
+            "asks for 300 patches, and this CLIP has 1 to 256",
+        ),
+        (["--recap", "pool:0", "--clip", "openai-vit-l-14-224"], "asks for 0 patches"),
+        (["--recap", "dense", "--clip", "openai-vit-l-14-224"], "must be random:COUNT, random:SHARE%"),
+        (
+            ["--clip", "metaclip-vit-l-14-224", "--recap", "all", "--join", "positions", "--diffusion", "a/b"],
+            "257 tokens",
+        ),
+        (["--batch-size", "6"], "--batch-size 6: must be a multiple of 4"),
+        (["--batch-size", "0"], "'0' is not a whole number of at least 1"),
+        (["--lr", "fast"], "'fast' is not a number of at least 0"),
+        (["--warmup", "23"], "--warmup 23.0: is a share"),
+        (["--precision", "fp16"], "argument --precision: invalid choice"),
+        (["--clip", "ViT-L-14"], "ViT-L-14: no such CLIP; name a recipe"),
+        (["--diffusion", "nowhere"], "nowhere: no such diffusion model"),
+    ],
+)
+def test_bad_arguments_end_in_a_sentence(models, tmp_path, more, message):
+    with pytest.raises(SystemExit, match=message) as stop:
+        train.parse_args(arguments(models, tmp_path / "run", *more))
+    assert isinstance(stop.value.code, str) and "\n" not in stop.value.code
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--recap", "random:17"], "asks for 17 patches, and this CLIP has 1 to 16"),
+        (["--recap", "all", "--join", "positions"], "the text has 9 positions, the recap 17 tokens"),
+        (["--image-size", "34"], "--image-size 34: must be a multiple of 4"),
+        (["--clip", "ViT-B-32:nobody"], "open_clip has no weights of that name .for ViT-B-32: openai"),
+        (["--clip", "hf-hub:nobody/nothing"], "CLIP hf-hub:nobody/nothing could not be loaded"),
+        (["--diffusion", model.SD21], f"could not be loaded: .*--diffusion {model.SD21_MIRROR}"),
+        (["--data", "{}/gz.tar"], "gz.tar: gzipped, .* unpack it first: gunzip"),
+        (["--data", "{}/text.tar"], "text.tar: not a tar file"),
+        (["--data", "{}/none.tar"], "none.tar: no images"),
+        (["--data", "{}/folder"], "folder: no images in this folder"),
+        (["--data", "{}/*.zip"], "zip: no such file"),
+        (["--mmvp", "{}/folder"], "folder: no image folder"),
+        (["--clip", "{}/folder"], "folder: no CLIP in this folder"),
+        (["--diffusion", "{}/folder"], r"folder: no Stable Diffusion in diffusers' layout \(scheduler/ is missing\)"),
+    ],
+)
+def test_bad_input_ends_in_a_sentence(models, tmp_path, more, message):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "gz.tar").write_bytes(b"\x1f\x8b" + bytes(600))
+    (tmp_path / "text.tar").write_text("no tar " * 100)
+    write_shard(tmp_path / "none.tar", {"0.txt": b"caption"})
+    with pytest.raises(SystemExit, match=message) as stop:
+        run(models, tmp_path / "run", *[part.format(tmp_path) for part in more])
+    if train.dist.is_initialized():
+        train.dist.destroy_process_group()
+    assert "\n" not in stop.value.code and not (tmp_path / "run").exists()
+
+
+def test_help_and_mistyped_arguments_do_not_wait_for_torch():
+    """A mistyped argument is one line and exit code 2, and torch is not imported to say so."""
+    code = "import runpy, sys\ntry: runpy.run_path('train.py', run_name='__main__')\nfinally: print('torch' in sys.modules)"
+    impossible = ["--recipe", "openai-vit-l-14-336", "--data", ".", "--recap", "random:577"]
+    for more, exit_code, lines in ((["--help"], 0, 0), (["--recipe", "x"], 2, 1), (impossible, 2, 1)):
+        done = subprocess.run([sys.executable, "-c", code, *more], cwd=ROOT, capture_output=True, text=True)
+        assert (done.returncode, len(done.stderr.splitlines())) == (exit_code, lines)
+        assert done.stdout.splitlines()[-1] == "False"
