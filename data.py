@@ -20,16 +20,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import Dataset, default_collate
 from tqdm import tqdm
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 SYNTHETIC = 1_000_000  # images in the set `synthetic`
-GIVE_UP_AFTER = 100  # unreadable images in a row, or reads before the share of unreadable ones is judged
+GIVE_UP_AFTER = 100  # unreadable images in a row
 
 
 def is_image(name: str) -> bool:
-    """By its suffix; files whose name starts with a dot (such as macOS's `._a.jpg`) are none."""
+    """By its suffix; hidden files (such as macOS's `._a.jpg`) do not count."""
     return name.lower().endswith(IMAGE_SUFFIXES) and not os.path.basename(name).startswith(".")
 
 
@@ -130,32 +130,20 @@ def shard_index(path: str) -> np.ndarray:
     return members
 
 
-def expand(source: Sequence[str]) -> list[str]:
-    """The files or the folder that `source` (paths and globs) names, in sorted order. SystemExit: one names nothing."""
+def open_images(source: Sequence[str], progress: bool = True) -> ImageFiles | Shards | None:
+    """The images of `source`: one folder, or any number of shards, as paths or globs; None for `synthetic`.
+
+    SystemExit: a path that does not exist, holds no image, or is not a plain tar, named in one sentence.
+    """
     if list(source) == ["synthetic"]:
-        return ["synthetic"]
+        return None
     paths = [path for pattern in source for path in (sorted(glob.glob(pattern)) or [pattern])]
     for path in paths:
         if not os.path.exists(path):
             raise SystemExit(f"{path}: no such file or folder (--data takes a folder, shards or a glob of shards)")
-    return paths
-
-
-def open_images(source: Sequence[str], progress: bool = True) -> ImageFiles | Shards | None:
-    """The images of `source`: one folder, or any number of shards, as paths or globs; None for `synthetic`.
-
-    Raises:
-        SystemExit: a path that does not exist, holds no image, or is not a plain tar, named in one sentence.
-    """
-    paths = expand(source)
-    if paths == ["synthetic"]:
-        return None
-    if len(paths) == 1 and os.path.isdir(paths[0]):
-        return ImageFiles(paths[0])
-    for path in paths:
-        if os.path.isdir(path):
+        if os.path.isdir(path) and len(paths) > 1:
             raise SystemExit(f"{path}: a folder among shards; --data takes one folder of images, or only shards")
-    return Shards(paths, progress)
+    return ImageFiles(paths[0]) if os.path.isdir(paths[0]) else Shards(paths, progress)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -209,7 +197,7 @@ class TrainingImages(Dataset):
 
     Returns a dict: `images` (3, size, size) uint8; `unreadable`, the names of the files that had to be passed over;
     and all that `draw(rng)` returns for this image, a dict of arrays. Each pass over the set has its own full
-    shuffle. An image that cannot be read gives way to the next one.
+    shuffle. An unreadable image is replaced by the next one.
     """
 
     def __init__(
@@ -268,12 +256,7 @@ def micro_batches(first: int, steps: int, batch_size: int, micro_batch: int, ran
             yield [(step, position) for position in range(start, start + micro_batch)]
 
 
-def make_loader(images: TrainingImages, keys: Iterator, workers: int, pin_memory: bool) -> DataLoader:
-    """Batches of `images` for `keys`, in their order, read ahead by `workers` processes (0: in this one)."""
-    return DataLoader(
-        images,
-        batch_sampler=keys,
-        collate_fn=collate,
-        num_workers=workers,
-        pin_memory=pin_memory,
-    )
+def to_device(batch: dict, device: torch.device) -> dict:
+    """A batch's tensors on `device`, its images as pixels in [0, 1]."""
+    batch = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+    return dict(batch, images=batch["images"].float() / 255)

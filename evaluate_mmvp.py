@@ -38,11 +38,21 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from condition import visual_tokens
-from model import RECIPES, Clip, first_line, load_clip, locate_clip, one_sentence, recipe_of
+from model import RECIPES, Clip, brief, load_clip, locate_clip, one_sentence, recipe_of
 
 READINGS = ("cls", "cls+local")
 TYPES = ["Orientation", "Presence", "State", "Quantity", "Spatial", "Color"]
 TYPES += ["Structural Character", "Text", "Camera Perspective"]
+BASELINES = {  # the untouched CLIPs by type as published, in percent, in the order of TYPES
+    "openai-vit-l-14-224": [13.3, 13.3, 20.0, 20.0, 13.3, 53.3, 20.0, 6.7, 13.3],
+    "openai-vit-l-14-336": [0.0, 20.0, 40.0, 20.0, 6.7, 20.0, 33.3, 6.7, 33.3],
+    "metaclip-vit-l-14-224": [13.3, 6.7, 66.7, 6.7, 33.3, 46.7, 20.0, 6.7, 13.3],
+    "metaclip-vit-h-14-224": [6.7, 13.3, 60.0, 13.3, 6.7, 53.3, 26.7, 13.3, 33.3],
+    "siglip-so400m-14-224": [26.7, 20.0, 53.3, 40.0, 20.0, 66.7, 40.0, 20.0, 53.3],
+    "siglip-so400m-14-384": [20.0, 26.7, 60.0, 33.3, 13.3, 66.7, 33.3, 26.7, 53.3],
+    "dfn-vit-h-14-224": [20.0, 26.7, 73.3, 26.7, 26.7, 66.7, 46.7, 13.3, 53.3],
+    "dfn-vit-h-14-378": [13.3, 20.0, 53.3, 33.3, 26.7, 66.7, 40.0, 20.0, 40.0],
+}
 IMAGE_FOLDERS = ("MLLM_VLM Images", "MLLM_VLM_Images", "MMVP_VLM_Images")
 
 
@@ -74,7 +84,7 @@ def read_mmvp(source: str) -> list[Pair]:
         try:
             folder = Path(snapshot_download(source, repo_type="dataset"))
         except Exception as error:  # the hub's client raises many kinds
-            raise SystemExit(f"data set {source} could not be fetched from the hub: {first_line(error)}") from error
+            raise SystemExit(f"data set {source} could not be fetched from the hub: {brief(error)}") from error
     questions = folder / "Questions.csv"
     root = next((folder / name for name in IMAGE_FOLDERS if (folder / name).is_dir()), None)
     if root is None:
@@ -83,7 +93,7 @@ def read_mmvp(source: str) -> list[Pair]:
         with open(questions, newline="", encoding="utf-8-sig") as file:
             rows = [[cell.strip() for cell in row] for row in csv.reader(file) if row]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise SystemExit(f"{questions}: cannot be read ({first_line(error)})") from None
+        raise SystemExit(f"{questions}: cannot be read ({brief(error)})") from None
     if not rows or rows[0] != ["Question ID", "Type", "Statement"]:
         raise SystemExit(f"{questions}, row 1: the header must be Question ID,Type,Statement")
     if len(rows) < 3 or len(rows) % 2 == 0:
@@ -126,7 +136,7 @@ def similarities(clip: Clip, pairs: list[Pair], device, batch_size: int = 32, pr
                     with Image.open(path) as image:
                         batch.append(preprocess(image))
                 except Exception as error:  # Pillow raises almost any exception on a broken file
-                    raise SystemExit(f"{path}: not a readable image ({first_line(error)})") from None
+                    raise SystemExit(f"{path}: not a readable image ({brief(error)})") from None
             cls, local = visual_tokens(model.visual, torch.stack(batch).to(device))  # (B, D), (B, P, D)
             cls = normalize(cls, dim=-1)
             both = normalize(cls + normalize(local, dim=-1).mean(1), dim=-1)
@@ -200,10 +210,9 @@ def table(names: list[str], cosines: list[np.ndarray], pairs: list[Pair], recipe
             head.append(f"{k} {reading}")
             columns.append([*type_scores(right, types).values(), average(right, types)])
             intervals.append("{:.1f}–{:.1f}".format(*interval(right, types)))
-        baseline = RECIPES[recipe].baseline if recipe else None
-        if baseline and type_names(types) == TYPES:
+        if recipe in BASELINES and type_names(types) == TYPES:
             head.append(f"{k} paper")
-            columns.append([*baseline, RECIPES[recipe].published[0]])
+            columns.append([*BASELINES[recipe], RECIPES[recipe].published[0]])
             intervals.append("")
     rows = [*type_names(types), "average"]
     first = max(len(row) for row in (*rows, "95% interval"))

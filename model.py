@@ -14,7 +14,7 @@ import re
 import shutil
 import sys
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,18 +32,13 @@ MINIATURE = Path(__file__).parent / "miniature"
 
 @dataclass(frozen=True)
 class Recipe:
-    """One row of the table: every setting of a run. The defaults are the paper's, shared by all its rows.
-
-    `published` is the paper's MMVP-VLM score before and after (Table 1), `baseline` that of the untouched CLIP by
-    type, in the benchmark's order. In percent.
-    """
+    """One row of the table: every setting of a run. The defaults are the paper's, shared by all its rows."""
 
     clip: str  # ARCH:TAG of open_clip, hf-hub:OWNER/NAME, or a folder
     recap: str  # which local tokens join the class token: see `parse_recap`
     join: str  # how the text joins: "positions" (added position by position) or "mean" (its mean, to every token)
     patches: int  # local tokens of this CLIP
-    published: tuple[float, float] | None = None
-    baseline: tuple[float, ...] | None = None
+    published: tuple[float, float] | None = None  # MMVP-VLM before and after, in percent (paper, Table 1)
     data: tuple[str, ...] | None = None
     mmvp: str | None = None
     diffusion: str = SD21
@@ -67,48 +62,23 @@ RECIPES = {
         f"{MINIATURE}/clip", "all", "mean", 64, data=(f"{MINIATURE}/images.tar",), mmvp=f"{MINIATURE}/mmvp",
         diffusion=f"{MINIATURE}/diffusion", steps=100, batch_size=64, micro_batch=64,
     ),
-    "openai-vit-l-14-224": Recipe(
-        "ViT-L-14-quickgelu:openai", "random:76", "positions", 256, (19.3, 25.9),
-        (13.3, 13.3, 20.0, 20.0, 13.3, 53.3, 20.0, 6.7, 13.3),
-    ),
-    "openai-vit-l-14-336": Recipe(
-        "ViT-L-14-336-quickgelu:openai", "random:76", "positions", 576, (20.0, 25.2),
-        (0.0, 20.0, 40.0, 20.0, 6.7, 20.0, 33.3, 6.7, 33.3),
-    ),
-    "metaclip-vit-l-14-224": Recipe(
-        "ViT-L-14-quickgelu:metaclip_fullcc", "all", "mean", 256, (23.7, 27.4),
-        (13.3, 6.7, 66.7, 6.7, 33.3, 46.7, 20.0, 6.7, 13.3),
-    ),
-    "metaclip-vit-h-14-224": Recipe(
-        "ViT-H-14-quickgelu:metaclip_fullcc", "all", "mean", 256, (25.2, 31.9),
-        (6.7, 13.3, 60.0, 13.3, 6.7, 53.3, 26.7, 13.3, 33.3),
-    ),
-    "siglip-so400m-14-224": Recipe(
-        "ViT-SO400M-14-SigLIP:webli", "pool:6", "mean", 256, (37.8, 40.7),
-        (26.7, 20.0, 53.3, 40.0, 20.0, 66.7, 40.0, 20.0, 53.3),
-    ),
-    "siglip-so400m-14-384": Recipe(
-        "ViT-SO400M-14-SigLIP-384:webli", "pool:10", "mean", 729, (37.0, 38.5),
-        (20.0, 26.7, 60.0, 33.3, 13.3, 66.7, 33.3, 26.7, 53.3),
-    ),
-    "dfn-vit-h-14-224": Recipe(
-        "ViT-H-14-quickgelu:dfn5b", "all", "mean", 256, (39.3, 43.7),
-        (20.0, 26.7, 73.3, 26.7, 26.7, 66.7, 46.7, 13.3, 53.3),
-    ),
-    "dfn-vit-h-14-378": Recipe(
-        "ViT-H-14-378-quickgelu:dfn5b", "random:50%", "mean", 729, (34.8, 37.8),
-        (13.3, 20.0, 53.3, 33.3, 26.7, 66.7, 40.0, 20.0, 40.0),
-    ),
+    "openai-vit-l-14-224": Recipe("ViT-L-14-quickgelu:openai", "random:76", "positions", 256, (19.3, 25.9)),
+    "openai-vit-l-14-336": Recipe("ViT-L-14-336-quickgelu:openai", "random:76", "positions", 576, (20.0, 25.2)),
+    "metaclip-vit-l-14-224": Recipe("ViT-L-14-quickgelu:metaclip_fullcc", "all", "mean", 256, (23.7, 27.4)),
+    "metaclip-vit-h-14-224": Recipe("ViT-H-14-quickgelu:metaclip_fullcc", "all", "mean", 256, (25.2, 31.9)),
+    "siglip-so400m-14-224": Recipe("ViT-SO400M-14-SigLIP:webli", "pool:6", "mean", 256, (37.8, 40.7)),
+    "siglip-so400m-14-384": Recipe("ViT-SO400M-14-SigLIP-384:webli", "pool:10", "mean", 729, (37.0, 38.5)),
+    "dfn-vit-h-14-224": Recipe("ViT-H-14-quickgelu:dfn5b", "all", "mean", 256, (39.3, 43.7)),
+    "dfn-vit-h-14-378": Recipe("ViT-H-14-378-quickgelu:dfn5b", "random:50%", "mean", 729, (34.8, 37.8)),
 }
 
 
 @dataclass(frozen=True)
 class Recap:
-    """Visual dense recap (section 3.3): the local tokens that join the class token. `count` is how many they make."""
+    """Visual dense recap (section 3.3): the `count` tokens that join the class token."""
 
-    kind: str  # "random": patches drawn without replacement; "pool": means of `window` patches in a row; "all"; "none"
     count: int
-    window: int = 1
+    window: int | None  # each is the mean of this many patches in a row; None: patches drawn at random
 
 
 def parse_recap(spec: str, patches: int) -> Recap:
@@ -118,14 +88,14 @@ def parse_recap(spec: str, patches: int) -> Recap:
     incomplete window is dropped. SystemExit: it cannot be read, or asks for no patch or for more than there are.
     """
     if spec in ("all", "none"):
-        return Recap(spec, patches if spec == "all" else 0)
+        return Recap(patches, 1) if spec == "all" else Recap(0, None)
     match = re.fullmatch(r"(random|pool):([0-9]{1,9})(%?)", spec)
     if not match or match[1] + match[3] == "pool%":
         raise SystemExit(f"--recap {spec}: must be random:COUNT, random:SHARE%, pool:WINDOW, all or none")
     number = int(match[2]) * patches // 100 if match[3] else int(match[2])
     if not 1 <= number <= patches:
         raise SystemExit(f"--recap {spec}: asks for {number} patches, and this CLIP has 1 to {patches} to give")
-    return Recap("random", number) if match[1] == "random" else Recap("pool", patches // number, number)
+    return Recap(number, None) if match[1] == "random" else Recap(patches // number, number)
 
 
 def recipe_of(clip: str) -> str | None:
@@ -135,18 +105,14 @@ def recipe_of(clip: str) -> str | None:
 
 @contextlib.contextmanager
 def one_sentence(command: str):
-    """Ends `command` on a user's mistake: its sentence on stderr, exit code 2, no traceback.
-
-    Under torchrun all processes usually stop for the same reason, and the first one says it: the others wait a moment
-    before they would, and are ended by torchrun meanwhile.
-    """
+    """Ends `command` on a user's mistake: its sentence on stderr, exit code 2, no traceback."""
     try:
         yield
     except SystemExit as stop:
         if not isinstance(stop.code, str):
             raise
         if os.environ.get("RANK", "0") != "0":
-            time.sleep(3)
+            time.sleep(3)  # torchrun: the first process says it for all, and the others are ended meanwhile
         print(f"{command}: {stop.code}", file=sys.stderr, flush=True)
         sys.exit(2)
 
@@ -159,15 +125,13 @@ def one_sentence(command: str):
 class Clip:
     """A CLIP of open_clip with what belongs to it.
 
-    `source` is what open_clip calls it (an architecture, `hf-hub:…` or `local-dir:…`), `config` its `model_cfg`,
-    `image_size` the side of its input in pixels, `mean` and `std` the numbers of its own preprocessing for pixels in
-    [0, 1].
+    `source` is what open_clip calls it (an architecture, `hf-hub:…` or `local-dir:…`), `config` its `model_cfg`.
     """
 
     model: torch.nn.Module
     source: str
     config: dict
-    no_tokenizer: str = ""  # why its tokenizer could not be had, once that is known: asking a hub in vain takes long
+    no_tokenizer: str = ""  # why its tokenizer could not be loaded, once that is known: asking a hub in vain takes long
 
     @property
     def image_size(self) -> int:
@@ -175,13 +139,13 @@ class Clip:
 
     def view(self, images: torch.Tensor) -> torch.Tensor:
         """Pixels in [0, 1] (B, 3, S, S) → CLIP's input (B, 3, s, s): bicubic, antialiased, its own normalisation."""
-        from torch.nn.functional import interpolate
+        import torch
 
         size, cfg = self.image_size, self.model.visual.preprocess_cfg
         if images.shape[-1] != size:
-            images = interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
-        mean, std = (images.new_tensor(cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
-        return (images - mean) / std
+            images = torch.nn.functional.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
+        channels = zip(images.unbind(1), cfg["mean"], cfg["std"])  # as numbers: a tensor of them would sync the GPU
+        return torch.stack([(channel - mean) / std for channel, mean, std in channels], 1)
 
     def preprocess(self):
         """CLIP's own evaluation transform, a PIL image → (3, s, s)."""
@@ -197,16 +161,12 @@ class Clip:
             try:
                 return open_clip.get_tokenizer(self.source)
             except Exception as error:  # whatever the hub or transformers raises
-                self.no_tokenizer = f"the tokenizer of {self.source} could not be loaded: {first_line(error)}"
+                self.no_tokenizer = f"the tokenizer of {self.source} could not be loaded: {brief(error)}"
         raise SystemExit(self.no_tokenizer)
 
 
 def locate_clip(name: str) -> tuple[str, str | None]:
-    """The one way to name a CLIP: a recipe, ARCH:TAG, hf-hub:OWNER/NAME or a folder → open_clip's name and tag.
-
-    Raises:
-        SystemExit: the name is none of the four.
-    """
+    """A recipe, ARCH:TAG, hf-hub:OWNER/NAME or a folder → open_clip's name and tag. SystemExit: none of the four."""
     if name in RECIPES:
         name = RECIPES[name].clip
     if name.startswith("hf-hub:"):
@@ -228,10 +188,8 @@ def load_clip(name: str, random_weights: bool = False, device: str = "cpu") -> C
     """Loads the CLIP that `name` names (see `locate_clip`), fp32, in eval mode, on `device`.
 
     With `random_weights` the same architecture and preprocessing with seeded random weights, nothing downloaded for a
-    built-in one; `device="meta"` then builds it without memory.
-
-    Raises:
-        SystemExit: unknown name or tag, unreachable hub, weights that do not fit, a tower of another kind.
+    built-in one; `device="meta"` then builds it without memory. SystemExit: it cannot be loaded, or its tower is of
+    another kind than DIVA's.
     """
     import open_clip
     import torch
@@ -240,29 +198,21 @@ def load_clip(name: str, random_weights: bool = False, device: str = "cpu") -> C
     from condition import count_patches
 
     source, tag = locate_clip(name)
-    options = {}
+    options = dict(load_weights=False) if random_weights else dict(pretrained=tag, require_pretrained=True)
     if tag is not None:
-        if tag not in open_clip.list_pretrained_tags_by_model(source):
+        if not (published := get_pretrained_cfg(source, tag)):
             known = ", ".join(open_clip.list_pretrained_tags_by_model(source)) or "none: no such architecture"
             raise SystemExit(f"{name}: open_clip has no weights of that name (for {source}: {known})")
-        published = get_pretrained_cfg(source, tag)
         options["force_quick_gelu"] = published.get("quick_gelu", False)  # the activation that the weights know
         if random_weights:  # no weights are loaded, so their preprocessing is given
             options["force_preprocess_cfg"] = {k: published[k] for k in ("mean", "std", "interpolation", "resize_mode")}
     torch.manual_seed(0)
     try:
         with quiet():
-            model = open_clip.create_model(
-                source,
-                pretrained=None if random_weights else tag,
-                load_weights=not random_weights,
-                require_pretrained=not random_weights,
-                device=device,
-                **options,
-            )
+            model = open_clip.create_model(source, device=device, **options)
         config = open_clip.get_model_config(source)
     except Exception as error:  # open_clip, the hub and safetensors each raise their own
-        raise SystemExit(f"CLIP {name} could not be loaded: {first_line(error)}") from error
+        raise SystemExit(f"CLIP {name} could not be loaded: {brief(error)}") from error
     if options.get("force_quick_gelu"):
         config["quick_gelu"] = True
     count_patches(model.visual)  # refuses a tower of another kind
@@ -303,7 +253,7 @@ SD21_CONFIGS = dict(  # the architecture of Stable Diffusion 2.1-base, where it 
 
 @dataclass
 class Diffusion:
-    """A frozen Stable Diffusion, without its text encoder, which has said its only word.
+    """A frozen Stable Diffusion; its text encoder is dropped once it has embedded the one text.
 
     `alphas_cumprod` (T,) fp32 is ᾱ; `prediction_type` "epsilon" or "v_prediction"; `text` (1, L, W) the embedding of
     the text; W is the width of the U-Net's cross-attention.
@@ -341,29 +291,21 @@ def load_diffusion(name: str, text: str, dtype: torch.dtype, device, random_weig
     """Loads a Stable Diffusion 1.x or 2.x in diffusers' layout (hub name or folder), frozen, in eval mode, in `dtype`.
 
     With `random_weights` nothing is downloaded: the architecture of a folder, else that of 2.1-base, with seeded
-    weights, and a drawn embedding in place of the text's.
-
-    Raises:
-        SystemExit: the hub cannot be reached, a part is missing, or the model is of another kind.
+    weights, and a drawn embedding in place of the text's. SystemExit: it cannot be loaded, or is of another kind.
     """
     import torch
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 
     check_diffusion(name)
     if random_weights:
-        torch.manual_seed(0)  # every process draws the same φ
         configs = SD21_CONFIGS
         if os.path.isdir(name):
             classes = dict(vae=AutoencoderKL, unet=UNet2DConditionModel, scheduler=DDPMScheduler)
             configs = {part: cls.load_config(name, subfolder=part) for part, cls in classes.items()}
-        default = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)  # drawn in `dtype`: fp32 would take twice the memory on the way
-        try:
-            with torch.device(device):
-                vae = AutoencoderKL.from_config(configs["vae"])
-                unet = UNet2DConditionModel.from_config(configs["unet"])
-        finally:
-            torch.set_default_dtype(default)
+        torch.manual_seed(0)  # every process draws the same φ
+        with torch.device(device):
+            vae = AutoencoderKL.from_config(configs["vae"]).to(dtype)
+            unet = UNet2DConditionModel.from_config(configs["unet"]).to(dtype)
         scheduler = DDPMScheduler.from_config(configs["scheduler"])
         embedding = torch.randn(1, 77, unet.config.cross_attention_dim)
     else:
@@ -375,7 +317,7 @@ def load_diffusion(name: str, text: str, dtype: torch.dtype, device, random_weig
                 unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet", torch_dtype=dtype)
         except Exception as error:  # diffusers, transformers and the hub each raise their own
             mirror = f"; the same weights: --diffusion {SD21_MIRROR}" if name == SD21 else ""
-            raise SystemExit(f"diffusion model {name} could not be loaded: {first_line(error)}{mirror}") from error
+            raise SystemExit(f"diffusion model {name} could not be loaded: {brief(error)}{mirror}") from error
 
     kind, reads, gives = scheduler.config.prediction_type, unet.config.in_channels, vae.config.latent_channels
     more = unet.config.addition_embed_type or unet.config.class_embed_type  # SDXL's and others' further conditions
@@ -390,10 +332,7 @@ def load_diffusion(name: str, text: str, dtype: torch.dtype, device, random_weig
 
 
 def embed_text(name: str, text: str) -> torch.Tensor:
-    """The diffusion model's own embedding of a text, (1, L, W), after its text encoder's final LayerNorm.
-
-    The text encoder, a third of a gigabyte and more, leaves the memory when this returns.
-    """
+    """The text's embedding, (1, L, W), after the final LayerNorm. The text encoder leaves memory when this returns."""
     import torch
     from transformers import AutoTokenizer, CLIPTextModel
 
@@ -427,19 +366,19 @@ def quiet():
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    for library in (diffusers_logging, transformers_logging):
-        library.disable_progress_bar()
-    disabled = logging.root.manager.disable
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     logging.disable(logging.WARNING)
     try:
         yield
     finally:
-        logging.disable(disabled)
+        logging.disable(logging.NOTSET)
 
 
-def first_line(error: Exception) -> str:
-    """The first line of an exception's message: libraries add paragraphs."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def brief(error: Exception) -> str:
+    """An exception's message in one line, and not more than a sentence of it: libraries write paragraphs."""
+    message = " ".join(str(error).split()) or type(error).__name__
+    return message if len(message) <= 240 else message[:240] + " …"
 
 
 @contextlib.contextmanager
@@ -485,6 +424,3 @@ def load_checkpoint(folder: str | os.PathLike, module: torch.nn.Module, optimize
     }
     optimizer.load_state_dict(saved)
     return state["step"], state["unreadable"]
-
-
-SETTINGS = [field.name for field in fields(Recipe) if field.name not in ("patches", "published", "baseline")]

@@ -24,7 +24,7 @@ import sys
 import time
 from pathlib import Path
 
-from model import RECIPES, SETTINGS, Diffusion, Recap, Recipe, check_diffusion, load_checkpoint, load_clip
+from model import RECIPES, Diffusion, Recap, check_diffusion, load_checkpoint, load_clip
 from model import load_diffusion, locate_clip, one_sentence, parse_recap, recipe_of, save_checkpoint, save_clip
 
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))  # torchrun says how many there are
@@ -35,58 +35,61 @@ FREE = ("micro_batch", "save_every", "mmvp", "out", "workers", "overwrite")  # m
 # The command line
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Says the default of every option that has one; the others' texts say what holds where they are not given."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return action.help if str(action.default) in ("None", "False", "") else super()._get_help_string(action)
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The recipe's row, with what the command line overrides. SystemExit: what the arguments alone show to be wrong."""
+    start = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # read first: the recipe gives the defaults
+    start.error = sys.exit
+    start.add_argument("--recipe", help="the row of the table to start from", default="miniature", metavar="NAME")
+    name = start.parse_known_args(argv)[0].recipe
+    if name not in RECIPES:
+        raise SystemExit(f"--recipe {name}: no such recipe; there are {', '.join(RECIPES)}")
+
     parser = argparse.ArgumentParser(
         description="Post-train a CLIP with the feedback of a frozen diffusion model, on images only.",
         epilog="Recipes: " + ", ".join(RECIPES) + ".",
-        argument_default=argparse.SUPPRESS,
+        formatter_class=Help,
+        parents=[start],
+        allow_abbrev=False,
     )
     parser.error = sys.exit  # a sentence, without the usage in front of it
-
-    def add(group, flag: str, help: str, default=None, **options) -> None:
-        default = getattr(Recipe, flag[2:].replace("-", "_"), None) if default is None else default
-        shown = "the recipe's" if default is None else "empty" if default == "" else default
-        group.add_argument(flag, help=f"{help} (default: {shown})", **options)
-
-    count, number = dict(type=at_least(1, int)), dict(type=at_least(0, float))
-    run = parser.add_argument_group("the run")
-    add(run, "--recipe", "the row of the table to start from", "miniature", metavar="NAME")
-    add(run, "--data", "a folder of images, shards, globs of shards, or `synthetic`", nargs="+", metavar="PATH")
-    add(run, "--mmvp", "MMVP-VLM, to score before and after: a folder or the hub's MMVP/MMVP_VLM", metavar="PATH")
-    add(run, "--out", "where everything is written", "runs/RECIPE", metavar="DIR")
-    add(run, "--overwrite", "start anew where OUT holds a run", "go on with it", action="store_true")
-    method = parser.add_argument_group("the method")
-    add(method, "--clip", "a recipe, ARCH:TAG of open_clip, hf-hub:OWNER/NAME, or a saved folder", metavar="NAME")
-    add(method, "--diffusion", "Stable Diffusion 1.x or 2.x, diffusers' layout: hub name or folder", metavar="NAME")
-    add(method, "--recap", "random:COUNT, random:SHARE%%, pool:WINDOW, all or none", metavar="SPEC")
-    add(method, "--join", "the text's embedding joins by position, or by its mean", choices=("positions", "mean"))
-    add(method, "--text", "the text beside the visual tokens")
-    add(method, "--states", "N, the noisy states per image", **count)
-    add(method, "--image-size", "side of the diffusion model's images in pixels", "its own", **count)
-    add(method, "--freeze-projection", "train the vision tower alone, not the linear layer", action="store_true")
-    training = parser.add_argument_group("training")
-    add(training, "--steps", "optimizer steps", **count)
-    add(training, "--batch-size", "images per step, over all processes", **count)
-    add(training, "--micro-batch", "images per process at once; the rest is accumulated", **count)
-    add(training, "--lr", "peak learning rate of SGD", **number)
-    add(training, "--momentum", "of SGD", **number)
-    add(training, "--warmup", "share of the steps in which the rate rises; a cosine to 0 follows", **number)
-    add(training, "--max-grad-norm", "gradients are clipped to this norm; 0: they are not", **number)
-    add(training, "--seed", "of every draw", type=at_least(0, int))
-    machine = parser.add_argument_group("the machine")
-    add(machine, "--precision", "of the computation", "bf16 on CUDA, else fp32", choices=("bf16", "fp32"))
-    add(machine, "--workers", "processes that read images, for each that trains", "up to 8", type=at_least(0, int))
-    add(machine, "--save-every", "steps between two saves", **count)
-    add(machine, "--random-weights", "no download: the same architectures, untrained", "off", action="store_true")
-    given = vars(parser.parse_args(argv))
-
-    name = given.setdefault("recipe", "miniature")
-    if name not in RECIPES:
-        raise SystemExit(f"--recipe {name}: no such recipe; there are {', '.join(RECIPES)}")
-    row = {setting: getattr(RECIPES[name], setting) for setting in SETTINGS}
-    rest = dict(out=f"runs/{name}", overwrite=False, precision=None, workers=None, random_weights=False)
-    args = argparse.Namespace(**row | rest | given)
+    count, number = dict(type=at_least(1, int), metavar="N"), dict(type=at_least(0, float), metavar="X")
+    add = parser.add_argument_group("the run").add_argument
+    add("--data", help="a folder of images, shards, globs of shards, or `synthetic`; needed", nargs="+", metavar="PATH")
+    add("--mmvp", help="score before and after on MMVP-VLM: a folder, or the hub's MMVP/MMVP_VLM", metavar="PATH")
+    add("--out", help="where everything is written", default=f"runs/{name}", metavar="DIR")
+    add("--overwrite", help="start anew where OUT holds a run, instead of resuming it", action="store_true")
+    add = parser.add_argument_group("the method").add_argument
+    add("--clip", help="a recipe, ARCH:TAG of open_clip, hf-hub:OWNER/NAME, or a saved folder", metavar="NAME")
+    add("--diffusion", help="Stable Diffusion 1.x or 2.x, diffusers' layout: hub name or folder", metavar="NAME")
+    add("--recap", help="random:COUNT, random:SHARE%%, pool:WINDOW, all or none", metavar="SPEC")
+    add("--join", help="how the text's embedding is added: by position, or its mean", choices=("positions", "mean"))
+    add("--text", help="the text beside the visual tokens; if not given, empty")
+    add("--states", help="N, the noisy states per image", **count)
+    add("--image-size", help="side of the diffusion model's images in pixels; if not given, its own", **count)
+    add("--freeze-projection", help="train the vision tower alone, not the linear layer", action="store_true")
+    add = parser.add_argument_group("training").add_argument
+    add("--steps", help="optimizer steps", **count)
+    add("--batch-size", help="images per step, over all processes", **count)
+    add("--micro-batch", help="images per process at once; the rest is accumulated", **count)
+    add("--lr", help="peak learning rate", **number)
+    add("--momentum", help="of SGD", **number)
+    add("--warmup", help="share of the steps in which the rate rises; a cosine to 0 follows", **number)
+    add("--max-grad-norm", help="gradients are clipped to this norm; 0: they are not", **number)
+    add("--seed", help="of every random draw", type=at_least(0, int), metavar="N")
+    add = parser.add_argument_group("the machine").add_argument
+    add("--precision", help="of the computation; if not given, bf16 on CUDA, else fp32", choices=("bf16", "fp32"))
+    add("--workers", help="processes that read images; if not given, up to 8", type=at_least(0, int), metavar="N")
+    add("--save-every", help="steps between two saves", **count)
+    add("--random-weights", help="no download: the same architectures, untrained", action="store_true")
+    parser.set_defaults(**{k: v for k, v in vars(RECIPES[name]).items() if k not in ("patches", "published")})
+    args = parser.parse_args(argv)
     check_args(args)
     return args
 
@@ -141,53 +144,48 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
+from torch.utils.data import DataLoader  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import evaluate_mmvp  # noqa: E402
 from condition import VisualCondition, count_patches, draw_patches  # noqa: E402
-from data import TrainingImages, make_loader, micro_batches, open_images  # noqa: E402
+from data import TrainingImages, collate, micro_batches, open_images, to_device  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The method
 
 
-def draw(rng: np.random.Generator, shape: tuple[int, ...], timesteps: int, patches: int, recap: Recap) -> dict:
-    """All that Algorithm 1 draws for one image, for its N states at once; `shape` is that of the noise, (N, 4, h, w).
-
-    Returns a dict: `timesteps` (N,), uniform over 0 … T − 1; `noise` (N, 4, h, w), standard normal, fp32; and, where
-    the recap is not the same for all states, its `patches` (N, K).
-    """
-    drawn = dict(timesteps=rng.integers(0, timesteps, shape[0]), noise=rng.standard_normal(shape, dtype=np.float32))
-    if recap.kind in ("random", "none"):
-        drawn["patches"] = draw_patches(patches, recap.count, shape[0], rng)
+def draw(rng: np.random.Generator, shape: tuple[int, ...], num_timesteps: int, num_patches: int, recap: Recap) -> dict:
+    """All that Algorithm 1 draws for one image, for its N states at once. `shape` is the noise's, (N, 4, h, w)."""
+    drawn = dict(
+        timesteps=rng.integers(0, num_timesteps, shape[0]),  # Alg. 1, line 4: t ~ U{0 … T − 1}, (N,)
+        noise=rng.standard_normal(shape, dtype=np.float32),  # Alg. 1, line 4: ε ~ N(0, I), (N, 4, h, w)
+    )
+    if recap.window is None:  # Alg. 1, line 3: each state has patches of its own, (N, K)
+        drawn["patches"] = draw_patches(num_patches, recap.count, shape[0], rng)
     return drawn
 
 
 def denoising_loss(
     diffusion: Diffusion, latents: torch.Tensor, condition: torch.Tensor, timesteps: torch.Tensor, noise: torch.Tensor
 ) -> torch.Tensor:
-    """Algorithm 1, lines 4 and 5 (Eq. 3): how badly φ denoises images with c as condition, all states in one call.
+    """Algorithm 1, lines 4 and 5 (Eq. 3): how badly φ denoises images with c as condition.
 
-    Args:
-        latents: z, (B, 4, h, w) fp32.
-        condition: c, (B, N, L, W), or (B, 1, L, W) for all states.
-        timesteps: t, (B, N) int64 in 0 … T − 1.
-        noise: ε, (B, N, 4, h, w) fp32.
-
-    Returns:
-        The mean squared error over images, states and latent elements, a scalar in fp32.
+    The N states are an axis, folded into the batch for the U-Net. latents z (B, 4, h, w); condition c (B, N, L, W), or
+    (B, 1, L, W) for all states; timesteps t (B, N); noise ε (B, N, 4, h, w) → L, a scalar; all but t in fp32.
     """
     alphas_cumprod = diffusion.alphas_cumprod[timesteps][..., None, None, None]  # ᾱ_t, (B, N, 1, 1, 1)
-    signal, sigma = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
-    latents = latents[:, None]  # (B, 1, 4, h, w)
-    noisy_latents = signal * latents + sigma * noise  # Alg. 1, line 4: z_t, (B, N, 4, h, w)
+    latents = latents[:, None]  # the same z for all states, (B, 1, 4, h, w)
+    noisy_latents = alphas_cumprod.sqrt() * latents + (1 - alphas_cumprod).sqrt() * noise  # Alg. 1, line 4: z_t
     condition = condition.expand(-1, noise.shape[1], -1, -1)  # (B, N, L, W)
     dtype = diffusion.unet.dtype
     noise_pred = diffusion.unet(
         noisy_latents.flatten(0, 1).to(dtype), timesteps.flatten(), condition.flatten(0, 1).to(dtype)
     ).sample.float()  # ε_φ(z_t, t, c), (B · N, 4, h, w)
-    target = noise if diffusion.prediction_type == "epsilon" else signal * noise - sigma * latents
-    return F.mse_loss(noise_pred, target.flatten(0, 1))  # Alg. 1, line 5
+    target = noise
+    if diffusion.prediction_type == "v_prediction":  # another way to say ε, given z_t
+        target = alphas_cumprod.sqrt() * noise - (1 - alphas_cumprod).sqrt() * latents
+    return F.mse_loss(noise_pred, target.flatten(0, 1))  # Alg. 1, line 5: L
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
@@ -215,72 +213,42 @@ def start_processes() -> torch.device:
     return device
 
 
-@contextlib.contextmanager
-def first_process_first():
-    """The first process goes through the block before the others, so that what it writes is there for them."""
-    if dist.get_rank() > 0:
-        dist.barrier()
-    yield
-    if dist.get_rank() == 0:
-        dist.barrier()
-
-
-def to_device(batch: dict, device: torch.device) -> dict:
-    """A batch's tensors on `device`, its images as pixels in [0, 1]."""
-    batch = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
-    return dict(batch, images=batch["images"].float() / 255)
-
-
-def sync_if(last: bool, model: DistributedDataParallel):
-    """Gradients are averaged over the processes once a step: in the last micro-batch, forward and backward."""
-    return contextlib.nullcontext() if last else model.no_sync()
-
-
 class Log:
-    """What the run says: the bar and metrics.jsonl, written by the first process, and the reasons to stop it."""
+    """The bar and metrics.jsonl, both of the first process, and the two reasons to stop a run."""
 
-    def __init__(self, args: argparse.Namespace, first_step: int, unreadable: int, device: torch.device):
-        self.args, self.first, self.unreadable, self.names = args, dist.get_rank() == 0, unreadable, []
-        self.loss, self.smooth, self.unread = torch.zeros((), device=device), None, 0
+    def __init__(self, args: argparse.Namespace, first_step: int, unreadable: int):
+        self.args, self.first, self.unreadable = args, dist.get_rank() == 0, unreadable
+        self.names, self.smooth = [], None
         self.path = Path(args.out) / "metrics.jsonl"
-        if self.first and self.path.exists():  # a run that goes on: the lines after its checkpoint come again
+        if self.first and self.path.exists():  # a resumed run: the lines after its checkpoint come again
             lines = [line for line in self.path.read_text().splitlines(True) if line.endswith("}\n")]
             self.path.write_text("".join(line for line in lines if json.loads(line)["step"] < first_step))
         self.bar = tqdm(total=args.steps, initial=first_step, unit="step", dynamic_ncols=True, disable=not self.first)
         self.time = time.perf_counter()
 
-    def add(self, loss: torch.Tensor, unreadable: list[str]) -> None:
-        """A micro-batch's share of the step's loss, and the files that could not be read for it."""
-        self.loss += loss.detach()
-        self.unread += len(unreadable)
-        self.names = (self.names + unreadable)[:3]
+    def step(self, step: int, losses: list, unreadable: list[str], grad_norm: torch.Tensor, lr: float) -> None:
+        """Logs a step that is about to be taken, averaged over the processes: its one host–device sync.
 
-    def agree(self, step: int, grad_norm: torch.Tensor) -> tuple[float, float]:
-        """The step's loss and gradient norm, the same in every process: the one host–device sync of a step.
-
-        Raises, before the step is taken:
-            SystemExit: one of the two is not finite, or more than one image in ten cannot be read.
+        SystemExit, the same in every process: the loss or its gradient is not finite, or more than one image in ten
+        cannot be read.
         """
-        sums = torch.stack([self.loss / dist.get_world_size(), self.loss.new_tensor(self.unread)])
+        sums = torch.stack([sum(losses) / len(losses) / PROCESSES, torch.full_like(grad_norm, len(unreadable))])
         dist.all_reduce(sums)
-        loss, unread, norm = torch.cat([sums, grad_norm[None]]).tolist()
-        self.loss.zero_()
-        self.unread, self.unreadable = 0, self.unreadable + int(unread)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+        loss, unread, grad_norm = torch.cat([sums, grad_norm[None]]).tolist()
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise SystemExit(
-                f"step {step}: the loss is {loss}, its gradient's norm {norm}; this step was not taken, and what was "
-                f"saved before is in {self.args.out}"
+                f"step {step}: the loss is {loss}, its gradient's norm {grad_norm}; this step was not taken, and what "
+                f"was saved before is in {self.args.out}"
             )
+        self.unreadable += int(unread)
+        self.names = (self.names + unreadable)[:3]
         reads = (step + 1) * self.args.batch_size + self.unreadable
         if reads >= 100 and self.unreadable * 10 > reads:
-            everyone = [None] * dist.get_world_size()
+            everyone = [None] * PROCESSES
             dist.all_gather_object(everyone, self.names)
             names = "; ".join(sum(everyone, [])[:3])
             raise SystemExit(f"step {step}: {self.unreadable} of {reads} images could not be read: {names}")
-        return loss, norm
 
-    def write(self, step: int, loss: float, grad_norm: float, lr: float) -> None:
-        """A line in metrics.jsonl, and the bar."""
         now = time.perf_counter()
         speed, self.time = self.args.batch_size / (now - self.time), now
         self.smooth = loss if self.smooth is None else 0.95 * self.smooth + 0.05 * loss
@@ -330,10 +298,13 @@ def train(args: argparse.Namespace) -> None:
     first, out = dist.get_rank() == 0, Path(args.out)
     args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-    with first_process_first():
-        check_out(args)
-        files = open_images(args.data, progress=first)
-        pairs = evaluate_mmvp.read_mmvp(args.mmvp) if args.mmvp else None
+    if not first:
+        dist.barrier()  # until the first process has checked and indexed what the others then find
+    check_out(args)
+    files = open_images(args.data, progress=first)
+    pairs = evaluate_mmvp.read_mmvp(args.mmvp) if args.mmvp else None
+    if first:
+        dist.barrier()
 
     # θ and φ
     clip = load_clip(args.clip, args.random_weights)
@@ -342,63 +313,66 @@ def train(args: argparse.Namespace) -> None:
     diffusion = load_diffusion(args.diffusion, args.text, dtype, device, args.random_weights)
     check_join(args.join, 1 + recap.count, diffusion.text.shape[1])
     size = args.image_size or diffusion.image_size
-    latent_shape = diffusion.latent_shape(size)
+    shape = (args.states, *diffusion.latent_shape(size))
     clip.model.to(device)
-    module = VisualCondition(clip, diffusion, recap, args.join, args.seed).to(device)
-    module.projection.requires_grad_(not args.freeze_projection)
-    parameters = [p for p in module.parameters() if p.requires_grad]
+    encoder = VisualCondition(clip, diffusion, recap, args.join, args.seed).to(device)
+    encoder.projection.requires_grad_(not args.freeze_projection)
+    parameters = [p for p in encoder.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=args.lr, momentum=args.momentum)
-    if first and pairs:
-        before = evaluate_mmvp.similarities(clip, pairs, device)
-        print(evaluate_mmvp.report([f"{args.clip}, before"], [before], pairs, [recipe_of(args.clip)]), flush=True)
-    with first_process_first():
-        if first:
-            open_out(args)
-        first_step, unreadable = load_checkpoint(out / "checkpoint", module, optimizer)
-    model = DistributedDataParallel(module, gradient_as_bucket_view=True)
+    if first:
+        if pairs:
+            before = evaluate_mmvp.similarities(clip, pairs, device)
+            print(evaluate_mmvp.report([f"{args.clip}, before"], [before], pairs, [recipe_of(args.clip)]), flush=True)
+        open_out(args)
+    dist.barrier()
+    first_step, unreadable = load_checkpoint(out / "checkpoint", encoder, optimizer)
+    ddp = DistributedDataParallel(encoder, gradient_as_bucket_view=True)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
     # The images, with all that is drawn for each
     draws = functools.partial(
-        draw, shape=(args.states, *latent_shape), timesteps=len(diffusion.alphas_cumprod), patches=patches, recap=recap
+        draw, shape=shape, num_timesteps=len(diffusion.alphas_cumprod), num_patches=patches, recap=recap
     )
-    images = TrainingImages(files, size, args.batch_size, args.seed, draws)
+    dataset = TrainingImages(files, size, args.batch_size, args.seed, draws)
     keys = micro_batches(first_step, args.steps, args.batch_size, args.micro_batch, dist.get_rank(), PROCESSES)
-    share = min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    workers = share if args.workers is None else args.workers
-    batches = iter(make_loader(images, keys, workers, pin_memory=device.type == "cuda"))
+    if args.workers is None:
+        args.workers = min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    loader = DataLoader(
+        dataset, batch_sampler=keys, collate_fn=collate, num_workers=args.workers, pin_memory=device.type == "cuda"
+    )
+    batches = iter(loader)
     accumulation = args.batch_size // (args.micro_batch * PROCESSES)
     if first:
         print(
-            f"{args.recipe}: {args.clip}, taught by {args.diffusion}\n"
-            f"training {sum(p.numel() for p in parameters):,} parameters in {args.precision} on {PROCESSES} × {device.type}\n"
-            f"condition: recap {args.recap}, {1 + recap.count} tokens, joined by {args.join}; N = {args.states}\n"
-            f"images: {len(images):,} at {size} × {size} pixels\n"
-            f"steps: {first_step} to {args.steps}, each of {args.batch_size} images = "
-            f"{PROCESSES} processes × {args.micro_batch} × {accumulation} accumulated\n"
-            f"writing to {out}",
+            f"{args.clip} learns from {args.diffusion} ({args.precision}, {device.type}): {1 + recap.count} tokens, "
+            f"N = {args.states}\nsteps {first_step} to {args.steps}, of {args.batch_size} = {PROCESSES} processes × "
+            f"{args.micro_batch} × {accumulation} of {len(dataset):,} images; writing to {out}",
             flush=True,
         )
 
-    log = Log(args, first_step, unreadable, device)
+    log = Log(args, first_step, unreadable)
     for step in range(first_step, args.steps):
+        losses, unreadable = [], []
         for micro in range(accumulation):
-            batch = to_device(next(batches), device)  # Alg. 1, line 1: x, and t, ε and the patches of its N states
-            with sync_if(micro == accumulation - 1, model):
-                with autocast:
-                    condition = model(clip.view(batch["images"]), diffusion.text, batch.get("patches"))  # lines 2, 3
-                latents = diffusion.encode(batch["images"])
-                loss = denoising_loss(diffusion, latents, condition, batch["timesteps"], batch["noise"])  # lines 4, 5
-                (loss / accumulation).backward()
-            log.add(loss / accumulation, batch["unreadable"])
+            ddp.require_backward_grad_sync = micro == accumulation - 1  # processes average gradients once a step
+            batch = to_device(next(batches), device)  # with t, ε and the patches of its N states, from `draw`
+            images = batch["images"]  # Alg. 1, line 1: x, (B, 3, S, S)
+            with autocast:
+                condition = ddp(clip.view(images), diffusion.text, batch.get("patches"))  # Alg. 1, lines 2 and 3: V, c
+            latents = diffusion.encode(images)  # z, (B, 4, S/8, S/8)
+            loss = denoising_loss(  # Alg. 1, lines 4 and 5: ℓ, L
+                diffusion, latents, condition, batch["timesteps"], batch["noise"]
+            )
+            (loss / accumulation).backward()  # through the frozen φ into θ
+            losses.append(loss.detach())
+            unreadable += batch["unreadable"]
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
-        loss, grad_norm = log.agree(step, grad_norm)
         lr = optimizer.param_groups[0]["lr"] = learning_rate(step, args.steps, args.lr, args.warmup)
-        optimizer.step()  # Alg. 1, line 6: θ moves, φ never does
+        log.step(step, losses, unreadable, grad_norm, lr)  # ends the run, before the step, if it is not finite
+        optimizer.step()  # Alg. 1, line 6: θ ← θ − η ∇L; φ never changes
         optimizer.zero_grad()
-        log.write(step, loss, grad_norm, lr)
         if first and ((step + 1) % args.save_every == 0 or step + 1 == args.steps):
-            save_checkpoint(out / "checkpoint", module, optimizer, step + 1, log.unreadable)
+            save_checkpoint(out / "checkpoint", encoder, optimizer, step + 1, log.unreadable)
             save_clip(clip, out / "clip")
     log.bar.close()
 
