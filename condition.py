@@ -16,8 +16,9 @@ def count_patches(visual: nn.Module) -> int:
     """
     if getattr(visual, "pool_type", None) == "tok" and visual.attn_pool is None and not visual.final_ln_after_pool:
         return visual.grid_size[0] * visual.grid_size[1]
-    if getattr(getattr(visual, "trunk", None), "attn_pool", None) is not None and len(visual.head) == 0:
-        return visual.trunk.patch_embed.num_patches
+    trunk = getattr(visual, "trunk", None)
+    if getattr(trunk, "attn_pool", None) is not None and isinstance(trunk.head, nn.Identity) and not len(visual.head):
+        return trunk.patch_embed.num_patches
     raise SystemExit("this vision tower is neither a ViT with a class token nor a timm one that pools by attention")
 
 

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 SYNTHETIC = 1_000_000  # images in the set `synthetic`
-GIVE_UP_AFTER = 100  # unreadable images in a row
+TRIES = 30  # at one readable image
 
 
 def is_image(name: str) -> bool:
@@ -109,12 +109,16 @@ def shard_index(path: str) -> np.ndarray:
 
     with open(path, "rb") as shard:
         if shard.read(2) == b"\x1f\x8b":
-            raise SystemExit(f"{path}: gzipped, so images cannot be read at random; unpack it first: gunzip {path}")
+            raise SystemExit(f"{path}: gzipped, so no image can be read alone; unpack it: gzip -dc {path} > NEW.tar")
     try:
         with tarfile.open(path, "r:") as tar:
-            rows = [(m.offset_data, m.size) for m in tar if m.isreg() and is_image(m.name)]
+            rows = []
+            while member := tar.next():
+                if member.isreg() and is_image(member.name):
+                    rows.append((member.offset_data, member.size))
+                tar.members.clear()  # it keeps a kilobyte of each
     except tarfile.TarError as error:
-        raise SystemExit(f"{path}: not a tar file ({error})") from None
+        raise SystemExit(f"{path}: not a whole tar file ({error})") from None
     members = np.array(rows, dtype=np.int64).reshape(-1, 2)
     for cache in caches:
         part = cache.with_name(f"{cache.name}.{os.getpid()}")
@@ -149,8 +153,10 @@ def open_images(source: Sequence[str], progress: bool = True) -> ImageFiles | Sh
 def to_rgb(image: Image.Image) -> Image.Image:
     """The picture a person sees, in RGB: turned as its EXIF data says, transparency on white, 16 bits scaled to 8."""
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion clips at 255
-        return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode.startswith("I;16"):  # 16-bit grey, which Pillow's own conversion clips at 255
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"mode {image.mode} does not say what is white")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -197,7 +203,8 @@ class TrainingImages(Dataset):
 
     Returns a dict: `images` (3, size, size) uint8; `unreadable`, the names of the files that had to be passed over;
     and all that `draw(rng)` returns for this image, a dict of arrays. Each pass over the set has its own full
-    shuffle. An unreadable image is replaced by the next one.
+    shuffle. An unreadable image is replaced by the next one, and if need be by ever further ones, so that a whole
+    shard may be missing.
     """
 
     def __init__(
@@ -228,8 +235,8 @@ class TrainingImages(Dataset):
         if self.files is None:
             return dict(images=torch.from_numpy(synthetic_image(self.size, rng)), unreadable=[], **drawn)
         first, unreadable = self.index(step, position), []
-        while len(unreadable) < GIVE_UP_AFTER:
-            i = (first + len(unreadable)) % len(self)
+        while len(unreadable) < TRIES:
+            i = (first + 2 ** len(unreadable) - 1) % len(self)
             try:
                 image = decode_crop(self.files.read(i), self.size, rng)
                 return dict(images=image, unreadable=unreadable, **drawn)

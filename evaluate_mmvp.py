@@ -40,6 +40,7 @@ from tqdm import tqdm
 from condition import visual_tokens
 from model import RECIPES, Clip, brief, load_clip, locate_clip, one_sentence, recipe_of
 
+torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32, which CUDA's convolutions are not by default
 READINGS = ("cls", "cls+local")
 TYPES = ["Orientation", "Presence", "State", "Quantity", "Spatial", "Color"]
 TYPES += ["Structural Character", "Text", "Camera Perspective"]
@@ -91,31 +92,34 @@ def read_mmvp(source: str) -> list[Pair]:
         raise SystemExit(f"{folder}: no image folder ({', '.join(IMAGE_FOLDERS)})")
     try:
         with open(questions, newline="", encoding="utf-8-sig") as file:
-            rows = [[cell.strip() for cell in row] for row in csv.reader(file) if row]
+            reader = csv.reader(file, strict=True)
+            rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if row]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise SystemExit(f"{questions}: cannot be read ({brief(error)})") from None
-    if not rows or rows[0] != ["Question ID", "Type", "Statement"]:
+    if not rows or rows[0][1] != ["Question ID", "Type", "Statement"]:
         raise SystemExit(f"{questions}, row 1: the header must be Question ID,Type,Statement")
-    if len(rows) < 3 or len(rows) % 2 == 0:
-        raise SystemExit(f"{questions}, row {len(rows)}: rows come in pairs, and this one has no partner")
-    for number, row in enumerate(rows[1:], start=2):
+    for number, row in rows[1:]:
         if len(row) != 3 or not all(row):
             raise SystemExit(f"{questions}, row {number}: needs an id, a type and a statement")
         if not row[0].isascii() or not row[0].isdigit():
             raise SystemExit(f"{questions}, row {number}: the id {row[0]!r} is not a number")
-    pairs = []
-    for number in range(2, len(rows), 2):
-        (id1, type1, statement1), (id2, type2, statement2) = rows[number - 1 : number + 1]
-        if type1 != type2:
-            raise SystemExit(f"{questions}, row {number + 1}: type {type2!r} differs from its partner's, {type1!r}")
+    if len(rows) < 3 or len(rows) % 2 == 0:
+        raise SystemExit(f"{questions}, row {rows[-1][0]}: rows come in pairs, and this one has no partner")
+    pairs, seen = [], set()
+    for (number, (id1, type1, statement1)), (number2, (id2, type2, statement2)) in zip(rows[1::2], rows[2::2]):
+        if int(id1) % 2 == 0 or int(id1) in seen:
+            raise SystemExit(f"{questions}, row {number}: a pair begins with an odd id of its own, and this is {id1}")
+        seen.add(int(id1))
         if int(id2) != int(id1) + 1:
-            raise SystemExit(f"{questions}, row {number + 1}: id {id2} does not follow its partner's, {id1}")
+            raise SystemExit(f"{questions}, row {number2}: id {id2} does not follow its partner's, {id1}")
+        if type1 != type2:
+            raise SystemExit(f"{questions}, row {number2}: type {type2!r} differs from its partner's, {type1!r}")
         folders = [root / name for name in (type1, type1.replace(" ", "_"), type1.replace("_", " "))]
         place = next((f for f in folders if f.is_dir()), None)
         if place is None or type1.startswith(".") or "/" in type1 or "\\" in type1:  # none, or not one of the root's
             raise SystemExit(f"{questions}, row {number}: type {type1!r} has no folder in {root}")
         images = (place / f"{id1}.jpg", place / f"{id2}.jpg")
-        for image, row in zip(images, (number, number + 1)):
+        for image, row in zip(images, (number, number2)):
             if not image.is_file():
                 raise SystemExit(f"{questions}, row {row}: no such image: {image}")
         pairs.append(Pair((id1, id2), type1.replace("_", " "), (statement1, statement2), images))
@@ -301,6 +305,8 @@ def main() -> None:
     if args.batch_size < 1:
         raise SystemExit("--batch-size: must be at least 1")
     pairs = read_mmvp(args.mmvp)
+    if args.out:
+        Path(args.out).mkdir(parents=True, exist_ok=True)
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cosines = [similarities(load_clip(name), pairs, device, args.batch_size) for name in args.clips]

@@ -108,12 +108,13 @@ def one_sentence(command: str):
     """Ends `command` on a user's mistake: its sentence on stderr, exit code 2, no traceback."""
     try:
         yield
-    except SystemExit as stop:
-        if not isinstance(stop.code, str):
+    except (SystemExit, PermissionError, FileExistsError, NotADirectoryError) as stop:
+        sentence = str(stop) if isinstance(stop, OSError) else stop.code
+        if not isinstance(sentence, str):
             raise
         if os.environ.get("RANK", "0") != "0":
             time.sleep(3)  # torchrun: the first process says it for all, and the others are ended meanwhile
-        print(f"{command}: {stop.code}", file=sys.stderr, flush=True)
+        print(f"{command}: {sentence}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 
@@ -297,27 +298,26 @@ def load_diffusion(name: str, text: str, dtype: torch.dtype, device, random_weig
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 
     check_diffusion(name)
-    if random_weights:
-        configs = SD21_CONFIGS
-        if os.path.isdir(name):
-            classes = dict(vae=AutoencoderKL, unet=UNet2DConditionModel, scheduler=DDPMScheduler)
-            configs = {part: cls.load_config(name, subfolder=part) for part, cls in classes.items()}
-        torch.manual_seed(0)  # every process draws the same φ
-        with torch.device(device):
-            vae = AutoencoderKL.from_config(configs["vae"]).to(dtype)
-            unet = UNet2DConditionModel.from_config(configs["unet"]).to(dtype)
-        scheduler = DDPMScheduler.from_config(configs["scheduler"])
-        embedding = torch.randn(1, 77, unet.config.cross_attention_dim)
-    else:
-        try:
+    classes = dict(vae=AutoencoderKL, unet=UNet2DConditionModel, scheduler=DDPMScheduler)
+    try:
+        if random_weights:
+            local = os.path.isdir(name)
+            configs = {k: c.load_config(name, subfolder=k) if local else SD21_CONFIGS[k] for k, c in classes.items()}
+            torch.manual_seed(0)  # every process draws the same φ
+            with torch.device(device):
+                vae, unet = (classes[part].from_config(configs[part]).to(dtype) for part in ("vae", "unet"))
+            scheduler = DDPMScheduler.from_config(configs["scheduler"])
+            embedding = torch.randn(1, 77, unet.config.cross_attention_dim)
+        else:
             with quiet():  # in this order, so that what is wrong shows before the large parts are read
                 scheduler = DDPMScheduler.from_pretrained(name, subfolder="scheduler")
                 embedding = embed_text(name, text)
-                vae = AutoencoderKL.from_pretrained(name, subfolder="vae", torch_dtype=dtype)
-                unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet", torch_dtype=dtype)
-        except Exception as error:  # diffusers, transformers and the hub each raise their own
-            mirror = f"; the same weights: --diffusion {SD21_MIRROR}" if name == SD21 else ""
-            raise SystemExit(f"diffusion model {name} could not be loaded: {brief(error)}{mirror}") from error
+                vae, unet = (
+                    classes[part].from_pretrained(name, subfolder=part, torch_dtype=dtype) for part in ("vae", "unet")
+                )
+    except Exception as error:  # diffusers, transformers and the hub each raise their own
+        mirror = f"; the same weights: --diffusion {SD21_MIRROR}" if name == SD21 else ""
+        raise SystemExit(f"diffusion model {name} could not be loaded: {brief(error)}{mirror}") from error
 
     kind, reads, gives = scheduler.config.prediction_type, unet.config.in_channels, vae.config.latent_channels
     more = unet.config.addition_embed_type or unet.config.class_embed_type  # SDXL's and others' further conditions
@@ -337,7 +337,7 @@ def embed_text(name: str, text: str) -> torch.Tensor:
     from transformers import AutoTokenizer, CLIPTextModel
 
     tokenizer = AutoTokenizer.from_pretrained(name, subfolder="tokenizer")
-    encoder = CLIPTextModel.from_pretrained(name, subfolder="text_encoder").eval()
+    encoder = CLIPTextModel.from_pretrained(name, subfolder="text_encoder", dtype=torch.float32).eval()
     length = encoder.config.max_position_embeddings
     tokens = tokenizer(text, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     with torch.no_grad():

@@ -24,10 +24,10 @@ import sys
 import time
 from pathlib import Path
 
-from model import RECIPES, Diffusion, Recap, check_diffusion, load_checkpoint, load_clip
+from model import RECIPES, Diffusion, Recap, Recipe, check_diffusion, load_checkpoint, load_clip
 from model import load_diffusion, locate_clip, one_sentence, parse_recap, recipe_of, save_checkpoint, save_clip
 
-PROCESSES = int(os.environ.get("WORLD_SIZE", 1))  # torchrun says how many there are
+PROCESSES = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1  # torchrun says how many there are
 FREE = ("micro_batch", "save_every", "mmvp", "out", "workers", "overwrite")  # may differ when a run goes on
 
 
@@ -101,12 +101,18 @@ def check_args(args: argparse.Namespace) -> None:
     for path in args.data:
         if path != "synthetic" and not any(c in path for c in "*?[") and not os.path.exists(path):
             raise SystemExit(f"--data {path}: no such file or folder")
+    if os.path.exists(args.out) and not os.path.isdir(args.out):
+        raise SystemExit(f"--out {args.out}: is a file; a run needs a folder")
+    if args.overwrite and Path(args.out).resolve() in Path(args.clip).resolve().parents:
+        raise SystemExit(f"--overwrite: would delete {args.clip}, the CLIP to train; name another --out")
     locate_clip(args.clip)
     check_diffusion(args.diffusion)
-    if known := recipe_of(args.clip):
-        recap = parse_recap(args.recap, RECIPES[known].patches)
-        if not os.path.isdir(args.diffusion):
-            check_join(args.join, 1 + recap.count, 77)  # every Stable Diffusion 1.x and 2.x reads 77 positions of text
+    if args.random_weights and not os.path.isdir(args.diffusion) and args.diffusion != Recipe.diffusion:
+        raise SystemExit(f"--random-weights: builds {Recipe.diffusion} or the architecture of a folder")
+    known = recipe_of(args.clip)
+    recap = parse_recap(args.recap, RECIPES[known].patches if known else 10**9)  # how many there are shows when loaded
+    if known and not os.path.isdir(args.diffusion):
+        check_join(args.join, 1 + recap.count, 77)  # every Stable Diffusion 1.x and 2.x reads 77 positions of text
     at_once = args.micro_batch * PROCESSES
     if args.batch_size % at_once:
         raise SystemExit(
@@ -128,7 +134,7 @@ def at_least(low: int, kind: type):
 
     def parse(text: str):
         with contextlib.suppress(ValueError):
-            if low <= (number := kind(text)) < math.inf:
+            if low <= (number := kind(text)) < 2**63:
                 return number
         raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number of at least {low}")
 
@@ -204,6 +210,8 @@ def start_processes() -> torch.device:
     """Joins the process group that torchrun announces, or makes one of this process alone; returns its device."""
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if device.index >= torch.cuda.device_count():
+            raise SystemExit(f"--nproc_per_node: more processes than the {torch.cuda.device_count()} GPUs of this node")
         torch.cuda.set_device(device)
     else:
         device = torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -222,7 +230,9 @@ class Log:
         self.path = Path(args.out) / "metrics.jsonl"
         if self.first and self.path.exists():  # a resumed run: the lines after its checkpoint come again
             lines = [line for line in self.path.read_text().splitlines(True) if line.endswith("}\n")]
-            self.path.write_text("".join(line for line in lines if json.loads(line)["step"] < first_step))
+            part = self.path.with_suffix(".part")
+            part.write_text("".join(line for line in lines if json.loads(line)["step"] < first_step))
+            part.replace(self.path)
         self.bar = tqdm(total=args.steps, initial=first_step, unit="step", dynamic_ncols=True, disable=not self.first)
         self.time = time.perf_counter()
 
@@ -236,6 +246,7 @@ class Log:
         dist.all_reduce(sums)
         loss, unread, grad_norm = torch.cat([sums, grad_norm[None]]).tolist()
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            self.bar.close()
             raise SystemExit(
                 f"step {step}: the loss is {loss}, its gradient's norm {grad_norm}; this step was not taken, and what "
                 f"was saved before is in {self.args.out}"
@@ -247,6 +258,7 @@ class Log:
             everyone = [None] * PROCESSES
             dist.all_gather_object(everyone, self.names)
             names = "; ".join(sum(everyone, [])[:3])
+            self.bar.close()
             raise SystemExit(f"step {step}: {self.unreadable} of {reads} images could not be read: {names}")
 
         now = time.perf_counter()
@@ -269,7 +281,10 @@ def check_out(args: argparse.Namespace) -> None:
     """SystemExit if OUT holds another run than this one, unless it is to be overwritten."""
     path = Path(args.out) / "args.json"
     if path.exists() and not args.overwrite:
-        found, here = json.loads(path.read_text()), json.loads(json.dumps(vars(args)))
+        try:
+            found, here = json.loads(path.read_text()), json.loads(json.dumps(vars(args)))
+        except ValueError:
+            raise SystemExit(f"{path}: cannot be read; name another --out or --overwrite") from None
         what = [f"{k} {found.get(k)} there, {here[k]} here" for k in here if k not in FREE and found.get(k) != here[k]]
         if what:
             raise SystemExit(f"{args.out}: holds another run ({'; '.join(what)}); name another --out or --overwrite")
@@ -285,7 +300,9 @@ def open_out(args: argparse.Namespace) -> None:
     out.mkdir(parents=True, exist_ok=True)
     packages = ("torch", "open_clip_torch", "diffusers", "transformers")
     versions = {name: importlib.metadata.version(name) for name in packages}
-    (out / "args.json").write_text(json.dumps(vars(args) | dict(versions=versions), indent=2) + "\n")
+    part = out / "args.part"
+    part.write_text(json.dumps(vars(args) | dict(versions=versions), indent=2) + "\n")
+    part.replace(out / "args.json")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -334,6 +351,10 @@ def train(args: argparse.Namespace) -> None:
         draw, shape=shape, num_timesteps=len(diffusion.alphas_cumprod), num_patches=patches, recap=recap
     )
     dataset = TrainingImages(files, size, args.batch_size, args.seed, draws)
+    seen = [None] * PROCESSES
+    dist.all_gather_object(seen, (first_step, len(dataset)))
+    if len(set(seen)) > 1:
+        raise SystemExit(f"(steps taken, images) differ between processes: {seen}; all need the same --out and --data")
     keys = micro_batches(first_step, args.steps, args.batch_size, args.micro_batch, dist.get_rank(), PROCESSES)
     if args.workers is None:
         args.workers = min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
@@ -372,8 +393,8 @@ def train(args: argparse.Namespace) -> None:
         optimizer.step()  # Alg. 1, line 6: θ ← θ − η ∇L; φ never changes
         optimizer.zero_grad()
         if first and ((step + 1) % args.save_every == 0 or step + 1 == args.steps):
+            save_clip(clip, out / "clip")  # first: a run that dies in between comes here again
             save_checkpoint(out / "checkpoint", encoder, optimizer, step + 1, log.unreadable)
-            save_clip(clip, out / "clip")
     log.bar.close()
 
     if first:
