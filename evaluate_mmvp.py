@@ -283,7 +283,7 @@ def report(names: list[str], cosines: list[np.ndarray], pairs: list[Pair], recip
     parts = [table(names, cosines, pairs, recipes)]
     if len(cosines) == 2:
         parts.append("change from 1 to 2:\n" + change_lines(change(cosines[0], cosines[1], pairs)))
-    for recipe in dict.fromkeys(r for r in recipes if r and RECIPES[r].published):
+    for recipe in dict.fromkeys(r for r in recipes if r in BASELINES and type_names([p.type for p in pairs]) == TYPES):
         parts.append("the paper (Table 1), {}: {:.1f} → {:.1f}".format(recipe, *RECIPES[recipe].published))
     return "\n\n".join(parts)
 

@@ -105,15 +105,18 @@ def recipe_of(clip: str) -> str | None:
 
 @contextlib.contextmanager
 def one_sentence(command: str):
-    """Ends `command` on a user's mistake: its sentence on stderr, exit code 2, no traceback."""
+    """Ends `command` on a user's mistake: its sentence on stderr, exit code 2, no traceback; 130 for Ctrl-C."""
     try:
         yield
-    except (SystemExit, PermissionError, FileExistsError, NotADirectoryError) as stop:
-        sentence = str(stop) if isinstance(stop, OSError) else stop.code
-        if not isinstance(sentence, str):
-            raise
+    except BaseException as stop:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(3)  # torchrun: the first process says it for all, and the others are ended meanwhile
+        if isinstance(stop, KeyboardInterrupt):
+            print(f"\n{command}: interrupted", file=sys.stderr, flush=True)
+            sys.exit(130)
+        sentence = stop.code if isinstance(stop, SystemExit) else str(stop)
+        if not isinstance(stop, (SystemExit, PermissionError, FileExistsError)) or not isinstance(sentence, str):
+            raise
         print(f"{command}: {sentence}", file=sys.stderr, flush=True)
         sys.exit(2)
 
@@ -158,9 +161,14 @@ class Clip:
         """Its tokenizer; SigLIP's comes from the hub, so it is asked for only where there is text to read."""
         import open_clip
 
+        folder = self.source.removeprefix("local-dir:")
+        own = self.config["text_cfg"].get("hf_tokenizer_name")  # not one that is built into open_clip
+        if own and folder != self.source and not os.path.isfile(os.path.join(folder, "tokenizer_config.json")):
+            self.no_tokenizer = f"{folder}: this CLIP was saved without its tokenizer"
         if not self.no_tokenizer:
             try:
-                return open_clip.get_tokenizer(self.source)
+                with quiet():
+                    return open_clip.get_tokenizer(self.source)
             except Exception as error:  # whatever the hub or transformers raises
                 self.no_tokenizer = f"the tokenizer of {self.source} could not be loaded: {brief(error)}"
         raise SystemExit(self.no_tokenizer)
@@ -216,8 +224,14 @@ def load_clip(name: str, random_weights: bool = False, device: str = "cpu") -> C
         raise SystemExit(f"CLIP {name} could not be loaded: {brief(error)}") from error
     if options.get("force_quick_gelu"):
         config["quick_gelu"] = True
-    count_patches(model.visual)  # refuses a tower of another kind
-    return Clip(model.eval(), source, config)
+    try:
+        count_patches(model.visual)
+    except SystemExit as other:
+        raise SystemExit(f"{name}: {other}") from None
+    clip = Clip(model.eval(), source, config)
+    if random_weights and tag and config["text_cfg"].get("hf_tokenizer_name"):
+        clip.no_tokenizer = "random weights have none, and a hub is not asked"
+    return clip
 
 
 def save_clip(clip: Clip, folder: str | os.PathLike) -> None:
@@ -300,16 +314,16 @@ def load_diffusion(name: str, text: str, dtype: torch.dtype, device, random_weig
     check_diffusion(name)
     classes = dict(vae=AutoencoderKL, unet=UNet2DConditionModel, scheduler=DDPMScheduler)
     try:
-        if random_weights:
-            local = os.path.isdir(name)
-            configs = {k: c.load_config(name, subfolder=k) if local else SD21_CONFIGS[k] for k, c in classes.items()}
-            torch.manual_seed(0)  # every process draws the same φ
-            with torch.device(device):
-                vae, unet = (classes[part].from_config(configs[part]).to(dtype) for part in ("vae", "unet"))
-            scheduler = DDPMScheduler.from_config(configs["scheduler"])
-            embedding = torch.randn(1, 77, unet.config.cross_attention_dim)
-        else:
-            with quiet():  # in this order, so that what is wrong shows before the large parts are read
+        with quiet():
+            if random_weights:
+                local = os.path.isdir(name)
+                configs = {k: c.load_config(name, subfolder=k) for k, c in classes.items()} if local else SD21_CONFIGS
+                torch.manual_seed(0)  # every process draws the same φ
+                with torch.device(device):
+                    vae, unet = (classes[part].from_config(configs[part]).to(dtype) for part in ("vae", "unet"))
+                scheduler = DDPMScheduler.from_config(configs["scheduler"])
+                embedding = torch.randn(1, 77, unet.config.cross_attention_dim)
+            else:  # in this order, so that what is wrong shows before the large parts are read
                 scheduler = DDPMScheduler.from_pretrained(name, subfolder="scheduler")
                 embedding = embed_text(name, text)
                 vae, unet = (
@@ -368,7 +382,7 @@ def quiet():
 
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR)  # an error is raised as well, and said once
     try:
         yield
     finally:
@@ -378,7 +392,7 @@ def quiet():
 def brief(error: Exception) -> str:
     """An exception's message in one line, and not more than a sentence of it: libraries write paragraphs."""
     message = " ".join(str(error).split()) or type(error).__name__
-    return message if len(message) <= 240 else message[:240] + " …"
+    return message if len(message) <= 400 else message[:400] + " …"
 
 
 @contextlib.contextmanager

@@ -719,9 +719,10 @@ def test_a_resumed_run_ends_in_the_same_bits(models, tmp_path, monkeypatch, save
     with pytest.raises(KeyboardInterrupt):
         run(models, tmp_path / "died", *steps)
     train.dist.destroy_process_group()
-    with pytest.raises(SystemExit, match="holds another run .steps 5 there, 6 here"):
-        run(models, tmp_path / "died", "--steps", "6")
-    train.dist.destroy_process_group()
+    if saves > 1:  # there is something to lose
+        with pytest.raises(SystemExit, match="holds another run .steps 5 there, 6 here"):
+            run(models, tmp_path / "died", "--steps", "6")
+        train.dist.destroy_process_group()
     run(models, tmp_path / "died", *steps)
     one, other = weights(tmp_path / "whole"), weights(tmp_path / "died")
     assert all(torch.equal(one[k], other[k]) for k in one)

@@ -87,7 +87,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--precision", help="of the computation; if not given, bf16 on CUDA, else fp32", choices=("bf16", "fp32"))
     add("--workers", help="processes that read images; if not given, up to 8", type=at_least(0, int), metavar="N")
     add("--save-every", help="steps between two saves", **count)
-    add("--random-weights", help="no download: the same architectures, untrained", action="store_true")
+    add("--random-weights", help="no download: untrained architectures, a random text embedding", action="store_true")
     parser.set_defaults(**{k: v for k, v in vars(RECIPES[name]).items() if k not in ("patches", "published")})
     args = parser.parse_args(argv)
     check_args(args)
@@ -273,20 +273,21 @@ class Log:
             line |= dict(peak_memory_gib=round(memory / 2**30, 3), unreadable=self.unreadable)
             with open(self.path, "a") as file:
                 file.write(json.dumps(line) + "\n")
-        self.bar.set_postfix_str(f"loss {self.smooth:.4f}, {speed:.3g} images/s, lr {lr:.1e}", refresh=False)
+        self.bar.set_postfix_str(f"smoothed loss {self.smooth:.4f}, {speed:.3g} images/s, lr {lr:.1e}", refresh=False)
         self.bar.update()
 
 
 def check_out(args: argparse.Namespace) -> None:
     """SystemExit if OUT holds another run than this one, unless it is to be overwritten."""
     path = Path(args.out) / "args.json"
-    if path.exists() and not args.overwrite:
+    if path.exists() and any(path.parent.glob("checkpoint*/state.json")) and not args.overwrite:
         try:
             found, here = json.loads(path.read_text()), json.loads(json.dumps(vars(args)))
         except ValueError:
             raise SystemExit(f"{path}: cannot be read; name another --out or --overwrite") from None
-        what = [f"{k} {found.get(k)} there, {here[k]} here" for k in here if k not in FREE and found.get(k) != here[k]]
-        if what:
+        differing = [k for k in here if k not in FREE and found.get(k) != here[k]]
+        what = [f"{k} {found.get(k)!r} there, {here[k]!r} here" for k in differing]
+        if differing:
             raise SystemExit(f"{args.out}: holds another run ({'; '.join(what)}); name another --out or --overwrite")
 
 
@@ -338,8 +339,9 @@ def train(args: argparse.Namespace) -> None:
     optimizer = torch.optim.SGD(parameters, lr=args.lr, momentum=args.momentum)
     if first:
         if pairs:
+            recipe = None if args.random_weights else recipe_of(args.clip)  # whose published scores stand beside ours
             before = evaluate_mmvp.similarities(clip, pairs, device)
-            print(evaluate_mmvp.report([f"{args.clip}, before"], [before], pairs, [recipe_of(args.clip)]), flush=True)
+            print(evaluate_mmvp.report([f"{args.clip}, before"], [before], pairs, [recipe]), flush=True)
         open_out(args)
     dist.barrier()
     first_step, unreadable = load_checkpoint(out / "checkpoint", encoder, optimizer)
@@ -365,9 +367,11 @@ def train(args: argparse.Namespace) -> None:
     accumulation = args.batch_size // (args.micro_batch * PROCESSES)
     if first:
         print(
-            f"{args.clip} learns from {args.diffusion} ({args.precision}, {device.type}): {1 + recap.count} tokens, "
-            f"N = {args.states}\nsteps {first_step} to {args.steps}, of {args.batch_size} = {PROCESSES} processes × "
-            f"{args.micro_batch} × {accumulation} of {len(dataset):,} images; writing to {out}",
+            f"{args.clip} learns from {args.diffusion}{', both with random weights' * args.random_weights}\n"
+            f"{len(dataset):,} images at {size}², recap {args.recap} ({1 + recap.count} tokens), N = {args.states}, "
+            f"{args.precision} on {device.type}\nsteps {first_step} to {args.steps}, batch {args.batch_size} = "
+            f"{PROCESSES} processes × micro-batch {args.micro_batch} × {accumulation} accumulated; writing to {out}"
+            + "\nthis run is finished" * (first_step == args.steps),
             flush=True,
         )
 
@@ -395,6 +399,7 @@ def train(args: argparse.Namespace) -> None:
         if first and ((step + 1) % args.save_every == 0 or step + 1 == args.steps):
             save_clip(clip, out / "clip")  # first: a run that dies in between comes here again
             save_checkpoint(out / "checkpoint", encoder, optimizer, step + 1, log.unreadable)
+            log.time = time.perf_counter()  # the next step's speed is its own
     log.bar.close()
 
     if first:
@@ -404,7 +409,7 @@ def train(args: argparse.Namespace) -> None:
         if pairs:
             names = [f"{args.clip}, before", f"{out}/clip"]
             cosines = [before, evaluate_mmvp.similarities(clip, pairs, device)]
-            print("\n" + evaluate_mmvp.report(names, cosines, pairs, [recipe_of(args.clip), None]))
+            print("\n" + evaluate_mmvp.report(names, cosines, pairs, [recipe, None]))
             evaluate_mmvp.save_scores(out / "mmvp", names, cosines, pairs)
     dist.barrier()
     dist.destroy_process_group()
