@@ -188,7 +188,7 @@ def interval(values: np.ndarray, types: list[str], draws: int = 10_000) -> tuple
     rng = np.random.default_rng(0)
     groups = [values[np.array(types) == name].astype(float) for name in type_names(types)]
     means = [rng.choice(group, (draws, len(group))).mean(1) for group in groups]
-    low, high = np.percentile(100 * np.mean(means, axis=0), [2.5, 97.5])
+    low, high = np.percentile(100 * np.mean(means, axis=0), [2.5, 97.5]).round(6) + 0.0  # no -0.0
     return float(low), float(high)
 
 
