@@ -197,8 +197,8 @@ def load_clip(name: str, random_weights: bool = False, device: str = "cpu") -> C
     """Loads the CLIP that `name` names (see `locate_clip`), fp32, in eval mode, on `device`.
 
     With `random_weights` the same architecture and preprocessing with seeded random weights, nothing downloaded for a
-    built-in one; `device="meta"` then builds it without memory. SystemExit: it cannot be loaded, or its tower is of
-    another kind than DIVA's.
+    built-in one; `device="meta"` then keeps only its shapes. SystemExit: it cannot be loaded, or its vision tower is
+    of a kind that has no class token and local tokens to give.
     """
     import open_clip
     import torch
