@@ -49,7 +49,9 @@ def draw_patches(patches: int, count: int, states: int, rng: np.random.Generator
     return np.stack([rng.permutation(patches)[:count] for _ in range(states)])
 
 
-def dense_recap(cls: torch.Tensor, local: torch.Tensor, patches: torch.Tensor | None, window: int) -> torch.Tensor:
+def dense_recap(
+    cls: torch.Tensor, local: torch.Tensor, patches: torch.Tensor | None, window: int | None
+) -> torch.Tensor:
     """Visual dense recap (section 3.3; Alg. 1, line 3): the class token and a part of the local tokens.
 
     The class token alone makes the reconstruction too hard to teach anything, all patches make it too easy.
@@ -59,7 +61,7 @@ def dense_recap(cls: torch.Tensor, local: torch.Tensor, patches: torch.Tensor | 
         local: (B, P, D).
         patches: (B, N, K) int64, the random patches of each of N states; K = 0 leaves the class token alone.
             None: every local token, the same for all states.
-        window: local tokens are averaged in runs of this many (stride the same); a last incomplete run is dropped.
+        window: without patches, local tokens are averaged in runs of this many; a last incomplete run is dropped.
 
     Returns:
         (B, N, 1 + K, D); N is 1 where the states do not differ.

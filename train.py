@@ -344,7 +344,7 @@ def train(args: argparse.Namespace) -> None:
             print(evaluate_mmvp.report([f"{args.clip}, before"], [before], pairs, [recipe]), flush=True)
         open_out(args)
     dist.barrier()
-    first_step, unreadable = load_checkpoint(out / "checkpoint", encoder, optimizer)
+    first_step, unreadable_before = load_checkpoint(out / "checkpoint", encoder, optimizer)
     ddp = DistributedDataParallel(encoder, gradient_as_bucket_view=True)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
@@ -375,7 +375,7 @@ def train(args: argparse.Namespace) -> None:
             flush=True,
         )
 
-    log = Log(args, first_step, unreadable)
+    log = Log(args, first_step, unreadable_before)
     for step in range(first_step, args.steps):
         losses, unreadable = [], []
         for micro in range(accumulation):
