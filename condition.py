@@ -76,6 +76,27 @@ def dense_recap(
     return torch.cat([cls, chosen], dim=2)
 
 
+@torch.no_grad()
+def fit_projection(projection: nn.Linear, phrases: torch.Tensor, states: torch.Tensor, tokens: torch.Tensor) -> None:
+    """Starts the linear layer where the U-Net's cross-attention expects words, in place of at random; not the paper's.
+
+    Least squares (a ridge of a hundredth of the variance) from CLIP's embeddings of some phrases to φ's own text
+    states of the same phrases. Visual tokens are no texts, so they are first brought to the phrases' mean and spread.
+
+    Args:
+        projection: D → W, changed in place.
+        phrases: (n, D), CLIP's text embeddings.
+        states: (n, W), φ's text states less those of the text that joins.
+        tokens: (m, D), the visual tokens of some images.
+    """
+    spread = phrases.var(0).mean().sqrt()
+    x, y = (phrases - phrases.mean(0)) / spread, states - states.mean(0)
+    weight = torch.linalg.solve(x.T @ x + 0.01 * len(x) * torch.eye(x.shape[1], device=x.device), x.T @ y)  # (D, W)
+    weight /= tokens.var(0).mean().sqrt()
+    projection.weight.copy_(weight.T)
+    projection.bias.copy_(states.mean(0) - tokens.mean(0) @ weight)
+
+
 class VisualCondition(nn.Module):
     """All that is trained: CLIP's vision tower θ and the linear layer into the U-Net's cross-attention. DDP wraps this.
 

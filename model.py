@@ -52,6 +52,7 @@ class Recipe:
     momentum: float = 0.9
     warmup: float = 0.005
     max_grad_norm: float = 1.0
+    projection: str = "random"  # where the linear layer starts: "random" or "fitted" (`condition.fit_projection`)
     freeze_projection: bool = False
     save_every: int = 100
     seed: int = 0
@@ -59,8 +60,8 @@ class Recipe:
 
 RECIPES = {
     "miniature": Recipe(
-        f"{MINIATURE}/clip", "all", "mean", 64, data=(f"{MINIATURE}/images.tar",), mmvp=f"{MINIATURE}/mmvp",
-        diffusion=f"{MINIATURE}/diffusion", steps=100, batch_size=64, micro_batch=64,
+        f"{MINIATURE}/clip", "random:30%", "mean", 64, data=(f"{MINIATURE}/images.tar",), mmvp=f"{MINIATURE}/mmvp",
+        diffusion=f"{MINIATURE}/diffusion", steps=50, batch_size=32, micro_batch=32, lr=0.01,
     ),
     "openai-vit-l-14-224": Recipe("ViT-L-14-quickgelu:openai", "random:76", "positions", 256, (19.3, 25.9)),
     "openai-vit-l-14-336": Recipe("ViT-L-14-336-quickgelu:openai", "random:76", "positions", 576, (20.0, 25.2)),
@@ -325,7 +326,7 @@ def load_diffusion(name: str, text: str, dtype: torch.dtype, device, random_weig
                 embedding = torch.randn(1, 77, unet.config.cross_attention_dim)
             else:  # in this order, so that what is wrong shows before the large parts are read
                 scheduler = DDPMScheduler.from_pretrained(name, subfolder="scheduler")
-                embedding = embed_text(name, text)
+                embedding = embed_texts(name, [text])
                 vae, unet = (
                     classes[part].from_pretrained(name, subfolder=part, torch_dtype=dtype) for part in ("vae", "unet")
                 )
@@ -345,17 +346,37 @@ def load_diffusion(name: str, text: str, dtype: torch.dtype, device, random_weig
     return Diffusion(vae, unet, scheduler.alphas_cumprod.float().to(device), kind, embedding.float().to(device))
 
 
-def embed_text(name: str, text: str) -> torch.Tensor:
-    """The text's embedding, (1, L, W), after the final LayerNorm. The text encoder leaves memory when this returns."""
+def embed_texts(name: str, texts: list[str]) -> torch.Tensor:
+    """Texts' states, (n, L, W), after the final LayerNorm. The text encoder leaves memory when this returns."""
     import torch
     from transformers import AutoTokenizer, CLIPTextModel
 
     tokenizer = AutoTokenizer.from_pretrained(name, subfolder="tokenizer")
     encoder = CLIPTextModel.from_pretrained(name, subfolder="text_encoder", dtype=torch.float32).eval()
     length = encoder.config.max_position_embeddings
-    tokens = tokenizer(text, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    tokens = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     with torch.no_grad():
-        return encoder(tokens.input_ids).last_hidden_state
+        return torch.cat([encoder(ids).last_hidden_state for ids in tokens.input_ids.split(64)])
+
+
+def embed_phrases(clip: Clip, name: str, count: int = 3000) -> tuple[torch.Tensor, torch.Tensor]:
+    """What CLIP and φ each make of the same phrases, random words of φ's vocabulary: (count, D) embeddings, and
+    (count, W) states, their mean over positions less that of the empty text."""
+    import numpy as np
+    import torch
+    from transformers import AutoTokenizer
+
+    vocabulary = AutoTokenizer.from_pretrained(name, subfolder="tokenizer").get_vocab()
+    whole = [word for word in vocabulary if word.endswith("</w>")] or vocabulary  # BPE marks where a word ends
+    words = sorted(word for word in (w.removesuffix("</w>") for w in whole) if word.isalpha())
+    rng = np.random.default_rng(0)
+    phrases = [" ".join(rng.choice(words, rng.integers(1, 9))) for _ in range(count)]
+    states = embed_texts(name, ["", *phrases]).mean(1)  # (1 + count, W)
+    device = clip.model.logit_scale.device
+    with torch.no_grad():
+        tokens = clip.tokenizer()(phrases).to(device)
+        features = torch.cat([clip.model.encode_text(t) for t in tokens.split(64)])  # (count, D)
+    return features, (states[1:] - states[0]).to(device)
 
 
 def check_diffusion(name: str) -> None:

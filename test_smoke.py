@@ -25,9 +25,12 @@ import pytest
 import torch
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).parent / "miniature"))
+
 import condition
 import data
 import evaluate_mmvp
+import make
 import model
 import train
 
@@ -270,6 +273,23 @@ def test_recap_takes_the_tokens_it_names():
     torch.testing.assert_close(pooled[:, 0, 1:], torch.nn.functional.avg_pool1d(local.mT, 3, 3).mT)
     assert torch.equal(condition.dense_recap(cls, local, None, 1)[:, 0], torch.cat([cls[:, None], local], 1))
     assert torch.equal(condition.dense_recap(cls, local, drawn[..., :0], 1), cls[:, None, None].expand(2, 2, 1, 4))
+
+
+def test_a_fitted_projection_carries_words_to_their_states():
+    """Beside NumPy's least squares, and exactly where the states are linear in the embeddings and tokens are words."""
+    rng = np.random.default_rng(0)
+    phrases = rng.standard_normal((500, 6)) * 3 + rng.standard_normal(6)
+    states = phrases @ rng.standard_normal((6, 5)) + rng.standard_normal(5)
+    noisy = states + rng.standard_normal(states.shape)
+    spread = phrases.var(0, ddof=1).mean() ** 0.5
+    for targets in (states, noisy):
+        projection = torch.nn.Linear(6, 5).double()
+        condition.fit_projection(projection, *(torch.from_numpy(a) for a in (phrases, targets, phrases * 7 + 1)))
+        x = (phrases - phrases.mean(0)) / spread
+        rows = np.concatenate([x, np.sqrt(0.01 * 500) * np.eye(6)])  # ridge as further rows that should give zero
+        weight = np.linalg.lstsq(rows, np.concatenate([targets - targets.mean(0), np.zeros((6, 5))]), rcond=None)[0]
+        found = projection(torch.from_numpy(phrases * 7 + 1)).detach().numpy()  # tokens of another mean and spread
+        np.testing.assert_allclose(found, x @ weight + targets.mean(0), atol=1e-9)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -913,6 +933,91 @@ def test_a_bad_benchmark_is_refused_by_row(tmp_path, row, content, message):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# miniature/
+
+
+def test_the_miniature_is_what_its_script_draws(tmp_path):
+    """The images and the benchmark in the repository are make.py's, within the rounding of another JPEG codec."""
+    make.write_images(tmp_path)
+    make.write_mmvp(tmp_path / "mmvp")
+    embedded, drawn = (data.open_images([str(f / "images.tar")], False) for f in (model.MINIATURE, tmp_path))
+    assert len(embedded) == len(drawn) == 640
+    pictures = [(embedded.read(i), drawn.read(i)) for i in range(0, 640, 40)]
+    embedded, drawn = (evaluate_mmvp.read_mmvp(str(f / "mmvp")) for f in (model.MINIATURE, tmp_path))
+    for pair, other in zip(embedded, drawn, strict=True):
+        assert (pair.ids, pair.type, pair.statements) == (other.ids, other.type, other.statements)
+        pictures += [(a.read_bytes(), b.read_bytes()) for a, b in zip(pair.images, other.images)]
+    for one, other in pictures:
+        one, other = (np.asarray(Image.open(io.BytesIO(content))).astype(int) for content in (one, other))
+        assert one.shape == (64, 64, 3) and np.abs(one - other).mean() < 2
+
+
+def test_a_pair_of_the_miniature_differs_in_one_detail():
+    pairs = evaluate_mmvp.read_mmvp(str(model.MINIATURE / "mmvp"))
+    assert [p.type for p in pairs] == [name for name in evaluate_mmvp.TYPES for _ in range(15)]
+    regions = {"Quantity": (0, 0, 45, 18), "Text": (46, 0, 64, 18)}  # else the thing and its ground, below
+    for pair in pairs:
+        words = [statement.split() for statement in pair.statements]
+        said = {" ".join(w for w in words[i] if w not in words[1 - i]) for i in (0, 1)} - {""}
+        phrases = make.DETAILS[pair.type]
+        assert all(any(set(s.split()) <= set(phrase.split()) for phrase in phrases) for s in said)
+        one, other = (np.asarray(Image.open(path)).astype(int) for path in pair.images)
+        changed = np.abs(one - other).max(-1) > 60
+        assert changed.any()
+        left, top, right, bottom = regions.get(pair.type, (0, 0, 64, 64))
+        outside = changed.copy()
+        outside[top:bottom, left:right] = False
+        assert not outside.any()
+        if pair.type not in ("Color", *regions):
+            assert not changed[:16].any()  # the stars and the sign stay
+
+
+@pytest.fixture(scope="module")
+def teacher() -> tuple:
+    """The miniature's diffusion model, a reader of its captions, 120 unseen scenes and their latents."""
+    from transformers import AutoTokenizer, CLIPTextModel
+
+    folder = str(model.MINIATURE / "diffusion")
+    diffusion = model.load_diffusion(folder, "", torch.float32, "cpu")
+    tokenizer = AutoTokenizer.from_pretrained(folder, subfolder="tokenizer")
+    encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=torch.float32)
+    scenes, rng = make.random_scenes(120, 41), np.random.default_rng(41)
+    pixels = np.stack([np.asarray(make.draw(scene, rng)) for scene in scenes])
+    latents = diffusion.encode(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255)
+
+    @torch.no_grad()
+    def read(captions: list[str]) -> torch.Tensor:
+        tokens = tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
+        return encoder(tokens).last_hidden_state[:, None]  # (B, 1, L, W)
+
+    return diffusion, read, scenes, latents
+
+
+def test_the_teacher_reads_its_captions(teacher):
+    """train.py's loss with the right caption, with one wrong in a single detail, and with the empty text."""
+    diffusion, read, scenes, latents = teacher
+    clear = 0
+    for k, values in enumerate(make.DETAILS.values(), start=2):
+        named = np.isin(np.arange(10), (0, k - 1))  # the caption says class, colour and this detail
+        wrong = scenes.copy()
+        wrong[:, k] = (wrong[:, k] + 1) % len(values)
+        right, wrong = (read([make.caption(scene, named) for scene in side]) for side in (scenes, wrong))
+        rises = []
+        for b in range(0, len(scenes), 4):
+            rng = np.random.default_rng(b)
+            t = torch.from_numpy(rng.integers(300, 1000, (4, 4)))
+            noise = torch.from_numpy(rng.standard_normal((4, 4, *latents.shape[1:]), dtype=np.float32))
+            with torch.no_grad():
+                losses = [
+                    train.denoising_loss(diffusion, latents[b : b + 4], side[b : b + 4], t, noise)
+                    for side in (right, wrong)
+                ]
+            rises.append((losses[1] - losses[0]).item())
+        clear += np.mean(rises) > 3 * np.std(rises) / math.sqrt(len(rises))
+    assert clear >= 7
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Bad input: a sentence
 
 
@@ -942,6 +1047,7 @@ def test_a_bad_benchmark_is_refused_by_row(tmp_path, row, content, message):
         (["--seed", "99999999999999999999"], "is not a whole number"),
         (["--out", __file__], "is a file; a run needs a folder"),
         (["--random-weights", "--diffusion", "a/b"], "--random-weights: builds sd2-community"),
+        (["--random-weights", "--projection", "fitted"], "--projection fitted: needs a text encoder that has learnt"),
     ],
 )
 def test_bad_arguments_end_in_a_sentence(models, tmp_path, more, message):

@@ -24,8 +24,9 @@ import sys
 import time
 from pathlib import Path
 
-from model import RECIPES, Diffusion, Recap, Recipe, check_diffusion, load_checkpoint, load_clip
-from model import load_diffusion, locate_clip, one_sentence, parse_recap, recipe_of, save_checkpoint, save_clip
+from model import RECIPES, Clip, Diffusion, Recap, Recipe, check_diffusion, load_checkpoint, load_clip
+from model import embed_phrases, load_diffusion, locate_clip, one_sentence, parse_recap, recipe_of
+from model import save_checkpoint, save_clip
 
 PROCESSES = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1  # torchrun says how many there are
 FREE = ("micro_batch", "save_every", "mmvp", "out", "workers", "overwrite")  # may differ when a run goes on
@@ -73,6 +74,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--text", help="the text beside the visual tokens; if not given, empty")
     add("--states", help="N, the noisy states per image", **count)
     add("--image-size", help="side of the diffusion model's images in pixels; if not given, its own", **count)
+    add("--projection", help="where the linear layer starts: at random, or fitted", choices=("random", "fitted"))
     add("--freeze-projection", help="train the vision tower alone, not the linear layer", action="store_true")
     add = parser.add_argument_group("training").add_argument
     add("--steps", help="optimizer steps", **count)
@@ -109,6 +111,8 @@ def check_args(args: argparse.Namespace) -> None:
     check_diffusion(args.diffusion)
     if args.random_weights and not os.path.isdir(args.diffusion) and args.diffusion != Recipe.diffusion:
         raise SystemExit(f"--random-weights: builds {Recipe.diffusion} or the architecture of a folder")
+    if args.random_weights and args.projection == "fitted":
+        raise SystemExit("--projection fitted: needs a text encoder that has learnt, not --random-weights")
     known = recipe_of(args.clip)
     recap = parse_recap(args.recap, RECIPES[known].patches if known else 10**9)  # how many there are shows when loaded
     if known and not os.path.isdir(args.diffusion):
@@ -154,7 +158,7 @@ from torch.utils.data import DataLoader  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import evaluate_mmvp  # noqa: E402
-from condition import VisualCondition, count_patches, draw_patches  # noqa: E402
+from condition import VisualCondition, count_patches, draw_patches, fit_projection, visual_tokens  # noqa: E402
 from data import TrainingImages, collate, micro_batches, open_images, to_device  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -219,6 +223,15 @@ def start_processes() -> torch.device:
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=datetime.timedelta(hours=1), **alone)
     return device
+
+
+@torch.no_grad()
+def start_fitted(encoder: VisualCondition, clip: Clip, diffusion: str, dataset: TrainingImages, device) -> None:
+    """Starts the linear layer by `fit_projection`; 64 images give the visual tokens' mean and spread."""
+    batch = to_device(collate([dataset[0, i] for i in range(64)]), device)
+    cls, local = visual_tokens(encoder.visual, clip.view(batch["images"]))
+    tokens = torch.cat([cls, local.flatten(0, 1)])  # (64 · (1 + P), D)
+    fit_projection(encoder.projection, *embed_phrases(clip, diffusion), tokens)
 
 
 class Log:
@@ -344,6 +357,8 @@ def train(args: argparse.Namespace) -> None:
             print(evaluate_mmvp.report([f"{args.clip}, before"], [before], pairs, [recipe]), flush=True)
         open_out(args)
     dist.barrier()
+    if args.projection == "fitted":
+        start_fitted(encoder, clip, args.diffusion, TrainingImages(files, size, 64, args.seed), device)
     first_step, unreadable_before = load_checkpoint(out / "checkpoint", encoder, optimizer)
     ddp = DistributedDataParallel(encoder, gradient_as_bucket_view=True)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
