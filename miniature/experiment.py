@@ -1,7 +1,7 @@
 """What matters in the method, measured on the miniature: train.py itself, row by row, over seeds.
 
     python miniature/experiment.py                                 # every row of ROWS, five seeds
-    python miniature/experiment.py --rows paper "recap all" --seeds 0 1 2
+    python miniature/experiment.py --rows fitted "recap all" --seeds 0 1 2
 
 A row is a name and what it changes in the recipe `miniature`. Each run is measured on 3,600 pairs and 3,000 pictures
 that no training has seen, against the untouched CLIP; runs that are done are kept in OUT and not repeated. Printed for
