@@ -974,7 +974,7 @@ def test_a_pair_of_the_miniature_differs_in_one_detail():
 
 @pytest.fixture(scope="module")
 def teacher() -> tuple:
-    """The miniature's diffusion model, a reader of its captions, 120 unseen scenes and their latents."""
+    """The miniature's diffusion model, a reader of its captions, 120 unseen scenes, their pixels and latents."""
     from transformers import AutoTokenizer, CLIPTextModel
 
     folder = str(model.MINIATURE / "diffusion")
@@ -983,38 +983,66 @@ def teacher() -> tuple:
     encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=torch.float32)
     scenes, rng = make.random_scenes(120, 41), np.random.default_rng(41)
     pixels = np.stack([np.asarray(make.draw(scene, rng)) for scene in scenes])
-    latents = diffusion.encode(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255)
+    pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
 
     @torch.no_grad()
     def read(captions: list[str]) -> torch.Tensor:
         tokens = tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
         return encoder(tokens).last_hidden_state[:, None]  # (B, 1, L, W)
 
-    return diffusion, read, scenes, latents
+    return diffusion, read, scenes, pixels, diffusion.encode(pixels)
+
+
+def unseen_losses(diffusion, latents: torch.Tensor, condition: torch.Tensor, lowest: int) -> np.ndarray:
+    """train.py's loss of each four scenes under a condition, at t from `lowest`, with the same draws for every one."""
+    losses = []
+    for b in range(0, len(latents), 4):
+        rng = np.random.default_rng(b)
+        t = torch.from_numpy(rng.integers(lowest, 1000, (4, 4)))
+        noise = torch.from_numpy(rng.standard_normal((4, 4, *latents.shape[1:]), dtype=np.float32))
+        with torch.no_grad():
+            losses.append(train.denoising_loss(diffusion, latents[b : b + 4], condition[b : b + 4], t, noise).item())
+    return np.array(losses)
+
+
+def clearly_lower(losses: np.ndarray, others: np.ndarray) -> bool:
+    """By three standard errors of the difference."""
+    rises = others - losses
+    return rises.mean() > 3 * rises.std(ddof=1) / math.sqrt(len(rises))
 
 
 def test_the_teacher_reads_its_captions(teacher):
     """train.py's loss with the right caption, with one wrong in a single detail, and with the empty text."""
-    diffusion, read, scenes, latents = teacher
+    diffusion, read, scenes, _, latents = teacher
     clear = 0
     for k, values in enumerate(make.DETAILS.values(), start=2):
         named = np.isin(np.arange(10), (0, k - 1))  # the caption says class, colour and this detail
         wrong = scenes.copy()
         wrong[:, k] = (wrong[:, k] + 1) % len(values)
-        right, wrong = (read([make.caption(scene, named) for scene in side]) for side in (scenes, wrong))
-        rises = []
-        for b in range(0, len(scenes), 4):
-            rng = np.random.default_rng(b)
-            t = torch.from_numpy(rng.integers(300, 1000, (4, 4)))
-            noise = torch.from_numpy(rng.standard_normal((4, 4, *latents.shape[1:]), dtype=np.float32))
-            with torch.no_grad():
-                losses = [
-                    train.denoising_loss(diffusion, latents[b : b + 4], side[b : b + 4], t, noise)
-                    for side in (right, wrong)
-                ]
-            rises.append((losses[1] - losses[0]).item())
-        clear += np.mean(rises) > 3 * np.std(rises) / math.sqrt(len(rises))
+        sides = [read([make.caption(scene, named) for scene in side]) for side in (scenes, wrong)]
+        clear += clearly_lower(*(unseen_losses(diffusion, latents, side, 300) for side in sides))
     assert clear >= 7
+
+
+def test_a_few_steps_let_the_class_token_say_more_than_the_empty_text(teacher, tmp_path):
+    """Sixteen steps on the miniature, the class token alone: on unseen scenes the loss falls, below the empty text's;
+    another scene's class token says less than nothing."""
+    diffusion, _, scenes, pixels, latents = teacher
+    more = ["--recap", "none", "--projection", "fitted", "--lr", "0.3", "--workers", "0", "--out", str(tmp_path)]
+    losses = {}
+    for steps in ("1", "16"):
+        args = train.parse_args([*more, "--steps", steps, "--overwrite"])
+        args.mmvp, args.lr = None, args.lr * (steps != "1")  # one step at no rate: the start
+        train.train(args)
+        clip = model.load_clip(f"{tmp_path}/clip")
+        encoder = condition.VisualCondition(clip, diffusion, model.parse_recap("none", 64), "mean", 0)
+        encoder.load_state_dict(weights(tmp_path))
+        with torch.no_grad():
+            c = encoder(clip.view(pixels), diffusion.text, torch.empty(len(scenes), 1, 0, dtype=torch.int64))
+        losses[steps] = unseen_losses(diffusion, latents, c, 0)
+    empty = unseen_losses(diffusion, latents, diffusion.text[:, None].expand(len(scenes), -1, -1, -1), 0)
+    assert clearly_lower(losses["16"], losses["1"]) and clearly_lower(losses["16"], empty)
+    assert clearly_lower(empty, unseen_losses(diffusion, latents, c.roll(1, 0), 0))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
