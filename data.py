@@ -12,7 +12,10 @@ the device therefore change no draw.
 import contextlib
 import glob
 import io
+import itertools
 import os
+import signal
+import sys
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -31,6 +34,11 @@ TRIES = 30  # at one readable image
 def is_image(name: str) -> bool:
     """By its suffix; hidden files (such as macOS's `._a.jpg`) do not count."""
     return name.lower().endswith(IMAGE_SUFFIXES) and not os.path.basename(name).startswith(".")
+
+
+def stays_inside(name: str) -> bool:
+    """A member of a shard that would not leave the folder if it were unpacked, which nothing here does."""
+    return not name.startswith("/") and ".." not in name.split("/")
 
 
 class ImageFiles:
@@ -102,10 +110,11 @@ def shard_index(path: str) -> np.ndarray:
     for cache in caches:
         try:
             index = np.load(cache, allow_pickle=False)
-            if index.dtype == np.int64 and index.ndim == 2 and np.array_equal(index[:1], stamp):
+            fresh = index.dtype == np.int64 and np.array_equal(index[:1], stamp)
+            if fresh and index.min() >= 0 and index[1:].max(initial=0) <= stat.st_size:
                 return index[1:]
-        except (OSError, ValueError, EOFError):
-            pass  # absent, unreadable or cut short: made again below
+        except Exception:  # absent, or NumPy's many ways to say that it is no array: made again below
+            pass
 
     with open(path, "rb") as shard:
         if shard.read(2) == b"\x1f\x8b":
@@ -114,10 +123,12 @@ def shard_index(path: str) -> np.ndarray:
         with tarfile.open(path, "r:") as tar:
             rows = []
             while member := tar.next():
-                if member.isreg() and is_image(member.name):
+                if member.size < 0:
+                    raise tarfile.ReadError("a negative size")
+                if member.isreg() and is_image(member.name) and stays_inside(member.name):
                     rows.append((member.offset_data, member.size))
                 tar.members.clear()  # it keeps a kilobyte of each
-    except tarfile.TarError as error:
+    except Exception as error:  # tarfile raises more than its own kind on a broken header
         raise SystemExit(f"{path}: not a whole tar file ({error})") from None
     members = np.array(rows, dtype=np.int64).reshape(-1, 2)
     for cache in caches:
@@ -261,6 +272,45 @@ def micro_batches(first: int, steps: int, batch_size: int, micro_batch: int, ran
     for step in range(first, steps):
         for start in range(rank * micro_batch, batch_size, processes * micro_batch):
             yield [(step, position) for position in range(start, start + micro_batch)]
+
+
+def read_batches(dataset: TrainingImages, keys: Callable[[], Iterator], workers: int) -> Iterator[dict]:
+    """The batches of `keys()`, read ahead by `workers` processes (0: by this one).
+
+    A worker that is killed costs nothing but time: a batch is a function of its keys, so reading starts again after
+    the last one that came. SystemExit: killed again before a single batch came.
+    """
+    came, before, batches = 0, -1, None
+    while True:
+        loader = DataLoader(
+            dataset,
+            batch_sampler=itertools.islice(keys(), came, None),
+            collate_fn=collate,
+            num_workers=workers,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=leave_signals_to_the_run,
+        )
+        try:
+            batches = iter(loader)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise a worker's death in the middle of a step
+            for batch in batches:
+                came += 1
+                yield batch
+            return
+        except RuntimeError as error:
+            if not str(error).startswith(("DataLoader worker", "Pin memory thread")):
+                raise
+            if came == before:
+                raise SystemExit(f"the processes that read the images are killed again and again: {error}") from None
+            tqdm.write(f"{error}; its batches are read again", file=sys.stderr)
+            before, batches = came, None  # the old workers end before new ones start
+
+
+def leave_signals_to_the_run(worker: int) -> None:
+    """A cluster, or Ctrl-C, signals every process: the run ends after its step, and the workers with it."""
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def to_device(batch: dict, device: torch.device) -> dict:

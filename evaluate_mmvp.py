@@ -101,8 +101,10 @@ def read_mmvp(source: str) -> list[Pair]:
     for number, row in rows[1:]:
         if len(row) != 3 or not all(row):
             raise SystemExit(f"{questions}, row {number}: needs an id, a type and a statement")
-        if not row[0].isascii() or not row[0].isdigit():
-            raise SystemExit(f"{questions}, row {number}: the id {row[0]!r} is not a number")
+        if not row[0].isascii() or not row[0].isdigit() or len(row[0]) > 18:
+            raise SystemExit(f"{questions}, row {number}: the id {row[0][:20]!r} is not a number of at most 18 digits")
+        if len(row[1].encode()) > 255:
+            raise SystemExit(f"{questions}, row {number}: the type is longer than a folder's name can be")
     if len(rows) < 3 or len(rows) % 2 == 0:
         raise SystemExit(f"{questions}, row {rows[-1][0]}: rows come in pairs, and this one has no partner")
     pairs, seen = [], set()
@@ -251,7 +253,7 @@ def change_lines(changes: list[dict]) -> str:
 
 
 def save_scores(folder: str | os.PathLike, names: list[str], cosines: list[np.ndarray], pairs: list[Pair]) -> None:
-    """Writes scores.json, and pairs.csv: a row for each pair and CLIP, its four cosines and outcome per reading."""
+    """Writes pairs.csv, a row for each pair and CLIP with its four cosines and outcome per reading, and scores.json."""
     folder, types = Path(folder), [pair.type for pair in pairs]
     folder.mkdir(parents=True, exist_ok=True)
     scores, rows = [], []
@@ -271,11 +273,12 @@ def save_scores(folder: str | os.PathLike, names: list[str], cosines: list[np.nd
     report = dict(pairs=len(pairs), clips=scores)
     if len(cosines) == 2:
         report["change"] = change(cosines[0], cosines[1], pairs)
-    (folder / "scores.json").write_text(json.dumps(report, indent=2) + "\n")
     with open(folder / "pairs.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
         writer.writerows(rows)
+    (folder / "scores.part").write_text(json.dumps(report, indent=2) + "\n")
+    (folder / "scores.part").replace(folder / "scores.json")  # last, and whole: it says that the run was evaluated
 
 
 def report(names: list[str], cosines: list[np.ndarray], pairs: list[Pair], recipes: list[str | None]) -> str:

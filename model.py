@@ -92,10 +92,10 @@ def parse_recap(spec: str, patches: int) -> Recap:
         return Recap(patches, 1) if spec == "all" else Recap(0, None)
     match = re.fullmatch(r"(random|pool):([0-9]{1,9})(%?)", spec)
     if not match or match[1] + match[3] == "pool%":
-        raise SystemExit(f"--recap {spec}: must be random:COUNT, random:SHARE%, pool:WINDOW, all or none")
+        raise SystemExit(f"--recap {spec!r}: must be random:COUNT, random:SHARE%, pool:WINDOW, all or none")
     number = int(match[2]) * patches // 100 if match[3] else int(match[2])
     if not 1 <= number <= patches:
-        raise SystemExit(f"--recap {spec}: asks for {number} patches, and this CLIP has 1 to {patches} to give")
+        raise SystemExit(f"--recap {spec!r}: asks for {number} patches, and this CLIP has 1 to {patches} to give")
     return Recap(number, None) if match[1] == "random" else Recap(patches // number, number)
 
 
@@ -104,22 +104,41 @@ def recipe_of(clip: str) -> str | None:
     return next((name for name, recipe in RECIPES.items() if clip in (name, recipe.clip)), None)
 
 
+class Stopped(SystemExit):
+    """A run that ends because a signal asked for it: a sentence, and the exit code that shells give to that signal."""
+
+    def __init__(self, sentence: str, signal: int):
+        super().__init__(sentence)
+        self.exit_code = 128 + signal
+
+
 @contextlib.contextmanager
 def one_sentence(command: str):
-    """Ends `command` on a user's mistake: its sentence on stderr, exit code 2, no traceback; 130 for Ctrl-C."""
+    """Ends `command` on a user's mistake, or what the machine refuses (OSError): its sentence on stderr, exit code 2.
+
+    No traceback; 128 and its number for a signal, 1 where another process has died.
+    """
     try:
         yield
     except BaseException as stop:
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(3)  # torchrun: the first process says it for all, and the others are ended meanwhile
+        rank = os.environ.get("RANK", "0")
+        if isinstance(stop, Stopped) and rank != "0":
+            sys.exit(stop.exit_code)  # all stop, and the first process says it
+        gone = "(closed|reset) by peer|remote process|Broken pipe|Socket closed"
+        lost = isinstance(stop, RuntimeError) and re.search(gone, str(stop))
+        if rank != "0" or lost:
+            time.sleep(3)  # torchrun: the first process, or the one that failed, is the first to say it and to end
+        if lost:
+            print(f"{command}: another process has died; the error to read is its own", file=sys.stderr, flush=True)
+            sys.exit(1)
         if isinstance(stop, KeyboardInterrupt):
             print(f"\n{command}: interrupted", file=sys.stderr, flush=True)
             sys.exit(130)
         sentence = stop.code if isinstance(stop, SystemExit) else str(stop)
-        if not isinstance(stop, (SystemExit, PermissionError, FileExistsError)) or not isinstance(sentence, str):
+        if not isinstance(stop, (SystemExit, OSError)) or not isinstance(sentence, str):
             raise
         print(f"{command}: {sentence}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        sys.exit(getattr(stop, "exit_code", 2))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -169,7 +188,7 @@ class Clip:
         if not self.no_tokenizer:
             try:
                 with quiet():
-                    return open_clip.get_tokenizer(self.source)
+                    return open_clip.get_tokenizer(self.source, **dict(trust_remote_code=False) if own else {})
             except Exception as error:  # whatever the hub or transformers raises
                 self.no_tokenizer = f"the tokenizer of {self.source} could not be loaded: {brief(error)}"
         raise SystemExit(self.no_tokenizer)
@@ -328,7 +347,8 @@ def load_diffusion(name: str, text: str, dtype: torch.dtype, device, random_weig
                 scheduler = DDPMScheduler.from_pretrained(name, subfolder="scheduler")
                 embedding = embed_texts(name, [text])
                 vae, unet = (
-                    classes[part].from_pretrained(name, subfolder=part, torch_dtype=dtype) for part in ("vae", "unet")
+                    classes[part].from_pretrained(name, subfolder=part, torch_dtype=dtype, use_safetensors=True)
+                    for part in ("vae", "unet")
                 )
     except Exception as error:  # diffusers, transformers and the hub each raise their own
         mirror = f"; the same weights: --diffusion {SD21_MIRROR}" if name == SD21 else ""
@@ -351,8 +371,10 @@ def embed_texts(name: str, texts: list[str]) -> torch.Tensor:
     import torch
     from transformers import AutoTokenizer, CLIPTextModel
 
-    tokenizer = AutoTokenizer.from_pretrained(name, subfolder="tokenizer")
-    encoder = CLIPTextModel.from_pretrained(name, subfolder="text_encoder", dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(name, subfolder="tokenizer", trust_remote_code=False)
+    encoder = CLIPTextModel.from_pretrained(
+        name, subfolder="text_encoder", dtype=torch.float32, use_safetensors=True
+    ).eval()
     length = encoder.config.max_position_embeddings
     tokens = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     with torch.no_grad():
@@ -366,7 +388,7 @@ def embed_phrases(clip: Clip, name: str, count: int = 3000) -> tuple[torch.Tenso
     import torch
     from transformers import AutoTokenizer
 
-    vocabulary = AutoTokenizer.from_pretrained(name, subfolder="tokenizer").get_vocab()
+    vocabulary = AutoTokenizer.from_pretrained(name, subfolder="tokenizer", trust_remote_code=False).get_vocab()
     whole = [word for word in vocabulary if word.endswith("</w>")] or vocabulary  # BPE marks where a word ends
     words = sorted(word for word in (w.removesuffix("</w>") for w in whole) if word.isalpha())
     rng = np.random.default_rng(0)
@@ -382,9 +404,9 @@ def embed_phrases(clip: Clip, name: str, count: int = 3000) -> tuple[torch.Tenso
 def check_diffusion(name: str) -> None:
     """SystemExit for a folder that is not a whole Stable Diffusion; what a hub name holds is seen when it is loaded."""
     if os.path.isdir(name):
-        for part in ("scheduler", "text_encoder", "tokenizer", "unet", "vae"):
-            if not os.path.isdir(os.path.join(name, part)):
-                raise SystemExit(f"{name}: no Stable Diffusion in diffusers' layout ({part}/ is missing)")
+        for part in ("scheduler/scheduler_config", "text_encoder/config", "unet/config", "vae/config"):
+            if not os.path.isfile(os.path.join(name, f"{part}.json")):
+                raise SystemExit(f"{name}: no Stable Diffusion in diffusers' layout ({part}.json is missing)")
     elif name.count("/") != 1 or name.startswith((".", "/")):
         raise SystemExit(f"{name}: no such diffusion model; --diffusion takes a folder or a hub name OWNER/NAME")
 
@@ -395,8 +417,9 @@ def check_diffusion(name: str) -> None:
 
 @contextlib.contextmanager
 def quiet():
-    """Keeps the libraries' chatter (progress bars, notes on unused weights) off the terminal while they load."""
+    """Keeps the libraries' chatter (progress bars, warnings, unused weights) off the terminal while they load."""
     import logging
+    import warnings
 
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
@@ -405,7 +428,9 @@ def quiet():
     transformers_logging.disable_progress_bar()
     logging.disable(logging.ERROR)  # an error is raised as well, and said once
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logging.disable(logging.NOTSET)
 
@@ -419,43 +444,84 @@ def brief(error: Exception) -> str:
 @contextlib.contextmanager
 def replaced_folder(folder: str | os.PathLike):
     """Yields an empty folder that takes the place of `folder` once the block has filled it: at every instant there is
-    a whole one, under its own name or as FOLDER.old."""
+    a whole one, on the disk and not only on its way there, under its own name or as FOLDER.old.
+
+    SystemExit: it cannot be written, as on a full disk; what was there before is whole.
+    """
     folder = Path(folder)
     new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    yield new
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    new.rename(folder)
+    try:
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+        yield new
+        for path in (*new.iterdir(), new):
+            synchronise(path)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        new.rename(folder)
+        synchronise(folder.parent)
+    except Exception as error:  # an OSError, or whatever safetensors and transformers make of it
+        shutil.rmtree(new, ignore_errors=True)
+        raise SystemExit(f"{folder} could not be written: {brief(error)}; what it held before is whole") from error
     shutil.rmtree(old, ignore_errors=True)
 
 
-def save_checkpoint(folder: str | os.PathLike, module: torch.nn.Module, optimizer, step: int, unreadable: int) -> None:
-    """Writes what a run needs to go on: the trained weights, the optimizer's momentum, the number of steps taken."""
+def synchronise(path: Path) -> None:
+    """Waits until a file, or a folder's list of names, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def save_checkpoint(folder: str | os.PathLike, module: torch.nn.Module, optimizer, state: dict) -> None:
+    """Writes what a run needs to go on: the trained weights, the optimizer's momentum, and `state` as JSON."""
     from safetensors.torch import save_file
 
     momentum = {f"momentum.{i}": s["momentum_buffer"] for i, s in optimizer.state_dict()["state"].items() if s}
     with replaced_folder(folder) as new:
         save_file({k: v.contiguous() for k, v in module.state_dict().items()}, new / "weights.safetensors")
         save_file({k: v for k, v in momentum.items() if v is not None}, new / "momentum.safetensors")
-        (new / "state.json").write_text(json.dumps(dict(step=step, unreadable=unreadable)) + "\n")
+        (new / "state.json").write_text(json.dumps(state, indent=2) + "\n")
 
 
-def load_checkpoint(folder: str | os.PathLike, module: torch.nn.Module, optimizer) -> tuple[int, int]:
-    """Reads what `save_checkpoint` wrote, if anything: returns the steps taken and the unreadable images met so far."""
+def whole_checkpoint(folder: str | os.PathLike) -> Path | None:
+    """The checkpoint to go on from: `folder`, or FOLDER.old where a save was cut off between its two renames."""
+    return next((f for f in (Path(folder), Path(f"{folder}.old")) if f.exists()), None)
+
+
+def read_state(folder: str | os.PathLike) -> dict | None:
+    """The `state` of the checkpoint there; None if there is none. SystemExit: it cannot be read."""
+    if (folder := whole_checkpoint(folder)) is None:
+        return None
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        counts = [state["step"], state["unreadable"], state["images"]]
+        if not isinstance(state["args"], dict) or not all(type(n) is int and n >= 0 for n in counts):
+            raise ValueError("not what a run writes")
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise SystemExit(f"{folder}/state.json: cannot be read ({brief(error)}); --overwrite starts anew") from None
+    return state
+
+
+def load_checkpoint(folder: str | os.PathLike, module: torch.nn.Module, optimizer) -> None:
+    """Reads the tensors that `save_checkpoint` wrote, if any. SystemExit: they cannot be read, or are another's."""
     from safetensors.torch import load_file
 
-    folder = next((f for f in (Path(folder), Path(f"{folder}.old")) if f.exists()), None)
-    if folder is None:
-        return 0, 0
-    state = json.loads((folder / "state.json").read_text())
-    module.load_state_dict(load_file(folder / "weights.safetensors"))
-    saved = optimizer.state_dict()
-    saved["state"] = {
-        int(key.partition(".")[2]): dict(momentum_buffer=buffer)
-        for key, buffer in load_file(folder / "momentum.safetensors").items()
-    }
-    optimizer.load_state_dict(saved)
-    return state["step"], state["unreadable"]
+    if (folder := whole_checkpoint(folder)) is None:
+        return
+    saved, parameters = optimizer.state_dict(), optimizer.param_groups[0]["params"]
+    try:
+        weights, momentum = load_file(folder / "weights.safetensors"), load_file(folder / "momentum.safetensors")
+        momentum = {int(key.removeprefix("momentum.")): buffer for key, buffer in momentum.items()}
+        if momentum and [(i, b.shape) for i, b in sorted(momentum.items())] != [
+            (i, p.shape) for i, p in enumerate(parameters)
+        ]:
+            raise ValueError("the momentum is another model's")
+        module.load_state_dict(weights)
+        saved["state"] = {i: dict(momentum_buffer=buffer) for i, buffer in momentum.items()}
+        optimizer.load_state_dict(saved)
+    except Exception as error:  # safetensors and torch raise their own
+        raise SystemExit(f"{folder}: cannot be read ({brief(error)}); --overwrite starts anew") from None

@@ -10,13 +10,17 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it: nothing here
 os.environ["OMP_NUM_THREADS"] = "1"  # the models are too small to share out
 
 # ruff: noqa: E402
+import contextlib
 import csv
 import io
 import json
 import math
+import signal
 import subprocess
 import sys
 import tarfile
+import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -166,6 +170,17 @@ def run(models: Path, out: Path, *more: str) -> Path:
     """A small run in this process."""
     train.train(train.parse_args(arguments(models, out, *more)))
     return out
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left():
+    """A run that was refused or stopped ends its process, with its group and its handlers; here the process goes on."""
+    handlers = [signal.getsignal(number) for number in train.SIGNALS]
+    yield
+    for number, handler in zip(train.SIGNALS, handlers):
+        signal.signal(number, handler)
+    if train.dist.is_initialized():
+        train.dist.destroy_process_group()
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
@@ -543,7 +558,7 @@ def test_draws_depend_on_seed_step_and_position_alone(tmp_path):
             keys = list(data.micro_batches(1, 3, 4, micro_batch, rank, processes))
             for batch_keys, batch in zip(
                 keys,
-                train.DataLoader(images, batch_sampler=keys, collate_fn=data.collate, num_workers=workers),
+                data.DataLoader(images, batch_sampler=keys, collate_fn=data.collate, num_workers=workers),
                 strict=True,
             ):
                 for i, key in enumerate(batch_keys):
@@ -590,6 +605,77 @@ def test_unreadable_images_are_replaced_and_too_many_stop_the_run(models, tmp_pa
             models, tmp_path / "run2", "--data", str(folder), "--steps", "21", "--batch-size", "6", "--micro-batch", "6"
         )
     train.dist.destroy_process_group()
+
+
+def test_shards_that_change_while_they_are_read_are_passed_over(models, tmp_path, monkeypatch):
+    """Of sixty shards one is removed, one cut short, one replaced in the middle of a run: counted, replaced, named."""
+    good = [jpeg(Image.effect_noise((40, 40), 90).convert("RGB").rotate(90 * i)) for i in range(4)]
+    for s in range(60):
+        write_shard(tmp_path / f"{s:02}.tar", {f"{i}.jpg": content for i, content in enumerate(good)})
+    loss, calls = train.denoising_loss, []
+
+    def harm(*args):
+        calls.append(1)
+        if len(calls) == 11:
+            (tmp_path / "03.tar").unlink()
+            with open(tmp_path / "07.tar", "r+b") as shard:
+                shard.truncate(2000)
+            write_shard(tmp_path / "11.tar", {"0.txt": b"caption" * 100, "1.jpg": good[0]})
+        return loss(*args)
+
+    monkeypatch.setattr(train, "denoising_loss", harm)
+    run(models, tmp_path / "run", "--data", f"{tmp_path}/*.tar", "--steps", "60", "--save-every", "60")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    names = [name for line in lines for name in line.get("passed_over", [])]
+    assert lines[10]["unreadable"] == 0 and lines[-1]["unreadable"] == len(names) > 8
+    assert {Path(name.split(" at byte")[0]).name for name in names} == {"03.tar", "07.tar", "11.tar"}
+    with pytest.raises(SystemExit, match="its run has 240 images, --data now 233"):
+        write_shard(tmp_path / "07.tar", {f"{i}.jpg": content for i, content in enumerate(good)})
+        run(models, tmp_path / "run", "--data", f"{tmp_path}/*.tar", "--steps", "60", "--save-every", "60")
+    train.dist.destroy_process_group()
+
+
+def test_no_picture_is_too_odd_to_be_counted(tmp_path):
+    """One pixel, a thread of pixels, and a header that promises 900 million of them."""
+    for size in ((1, 1), (3000, 1), (1, 3000)):
+        buffer = io.BytesIO()
+        Image.new("L", size, 77).save(buffer, "PNG")
+        assert (data.decode_crop(buffer.getvalue(), 32, np.random.default_rng(0)) == 77).all()
+    buffer = io.BytesIO()
+    Image.new("L", (1, 1)).save(buffer, "PNG")
+    header = b"IHDR" + (30_000).to_bytes(4) * 2 + buffer.getvalue()[24:29]
+    bomb = buffer.getvalue()[:12] + header + zlib.crc32(header).to_bytes(4) + buffer.getvalue()[33:]
+    (tmp_path / "0.png").write_bytes(bomb)
+    (tmp_path / "1.png").write_bytes(buffer.getvalue())
+    images = data.TrainingImages(data.open_images([str(tmp_path)]), 32, 2)
+    found = [images[0, position] for position in (0, 1)]
+    assert sum(len(item["unreadable"]) for item in found) == 1
+    assert [name for item in found for name in item["unreadable"]][0].startswith(f"{tmp_path}/0.png (Decompression")
+
+
+def test_members_that_point_elsewhere_are_ignored(tmp_path):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name in ("../up.jpg", "/abs.jpg", "a/../../b.jpg", "a/in.jpg"):
+            member = tarfile.TarInfo(name)
+            member.size = 3
+            tar.addfile(member, io.BytesIO(name[:3].encode()))
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE):
+            member = tarfile.TarInfo("link.jpg")
+            member.type, member.linkname = kind, "/etc/passwd"
+            tar.addfile(member)
+    images = data.open_images([str(tmp_path / "0.tar")])
+    assert len(images) == 1 and images.read(0) == b"a/i"
+
+
+def test_a_tar_that_leads_back_to_itself_is_refused(tmp_path):
+    """A second member whose size is −512, in the base-256 form, would be met again and again."""
+    first, second = tarfile.TarInfo("0.jpg"), tarfile.TarInfo("1.jpg")
+    header = bytearray(second.tobuf(tarfile.GNU_FORMAT))
+    header[124:136] = b"\xff" + (-512).to_bytes(11, "big", signed=True)
+    header[148:156] = b"%06o\0 " % (sum(header[:148]) + sum(header[156:512]) + 8 * 32)
+    (tmp_path / "0.tar").write_bytes(first.tobuf(tarfile.GNU_FORMAT) + header + bytes(1024))
+    with pytest.raises(SystemExit, match="0.tar: not a whole tar file .a negative size"):
+        data.open_images([str(tmp_path / "0.tar")])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -722,11 +808,32 @@ def test_processes_and_accumulation_change_nothing(models, tmp_path):
             assert (other[k] - one[k]).norm() <= 1e-5 * one[k].norm(), k
 
 
+KEPT = ("step", "loss", "grad_norm", "lr", "unreadable")
+
+
+def same_run(one: Path, other: Path) -> None:
+    """The same weights and momentum to the last bit, and the same lines in metrics.jsonl."""
+    from safetensors.torch import load_file
+
+    for name in ("weights", "momentum"):
+        a, b = (load_file(out / "checkpoint" / f"{name}.safetensors") for out in (one, other))
+        assert a.keys() == b.keys() and len(a) > 1 and all(torch.equal(a[k], b[k]) for k in a)
+    a, b = ([json.loads(x) for x in (out / "metrics.jsonl").open()] for out in (one, other))
+    assert [[x[k] for k in KEPT] for x in a] == [[x[k] for k in KEPT] for x in b]
+
+
+STEPS = ["--steps", "5", "--save-every", "2"]
+
+
+@pytest.fixture(scope="module")
+def whole(models, tmp_path_factory) -> Path:
+    """A run that nothing has stopped."""
+    return run(models, tmp_path_factory.mktemp("whole"), *STEPS)
+
+
 @pytest.mark.parametrize("saves", [1, 3])
-def test_a_resumed_run_ends_in_the_same_bits(models, tmp_path, monkeypatch, saves):
+def test_a_resumed_run_ends_in_the_same_bits(models, tmp_path, monkeypatch, whole, saves):
     """A run that dies in its first or its last save, after the CLIP is written and before the checkpoint is."""
-    steps = ["--steps", "5", "--save-every", "2"]
-    run(models, tmp_path / "whole", *steps)
     save, calls = train.save_checkpoint, []
 
     def die(*args):
@@ -737,20 +844,244 @@ def test_a_resumed_run_ends_in_the_same_bits(models, tmp_path, monkeypatch, save
 
     monkeypatch.setattr(train, "save_checkpoint", die)
     with pytest.raises(KeyboardInterrupt):
-        run(models, tmp_path / "died", *steps)
+        run(models, tmp_path / "died", *STEPS)
     train.dist.destroy_process_group()
     if saves > 1:  # there is something to lose
-        with pytest.raises(SystemExit, match="holds another run .steps 5 there, 6 here"):
-            run(models, tmp_path / "died", "--steps", "6")
+        with pytest.raises(SystemExit, match="holds another run .steps 5 there, 6 here; seed 0 there, 1 here"):
+            run(models, tmp_path / "died", "--steps", "6", "--seed", "1")
         train.dist.destroy_process_group()
-    run(models, tmp_path / "died", *steps)
-    one, other = weights(tmp_path / "whole"), weights(tmp_path / "died")
-    assert all(torch.equal(one[k], other[k]) for k in one)
+    run(models, tmp_path / "died", *STEPS)
+    same_run(whole, tmp_path / "died")
     clip = open_clip.create_model(f"local-dir:{tmp_path}/died/clip")
-    assert all(torch.equal(v, one[f"visual.{k}"]) for k, v in clip.visual.state_dict().items())
-    lines = [[json.loads(x) for x in (tmp_path / out / "metrics.jsonl").open()] for out in ("whole", "died")]
-    kept = ("step", "loss", "grad_norm", "lr", "unreadable")
-    assert [[x[k] for k in kept] for x in lines[0]] == [[x[k] for k in kept] for x in lines[1]]
+    trained = weights(whole)
+    assert all(torch.equal(v, trained[f"visual.{k}"]) for k, v in clip.visual.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_signal_stops_after_the_micro_batch_and_loses_no_step(models, tmp_path, monkeypatch, whole, name):
+    number, loss, calls = signal.Signals[name], train.denoising_loss, []
+
+    def signalled(*args):
+        calls.append(1)
+        if len(calls) == 5:  # the first of the two micro-batches of step 2, which is then dropped
+            os.kill(os.getpid(), number)
+        return loss(*args)
+
+    more = [*STEPS, "--micro-batch", "2"]
+    run(models, tmp_path / "whole", *more)
+    monkeypatch.setattr(train, "denoising_loss", signalled)
+    with pytest.raises(model.Stopped, match=f"{name}: stopped after 2 steps, .* the same command goes on") as stop:
+        run(models, tmp_path / "run", *more)
+    train.dist.destroy_process_group()
+    assert stop.value.exit_code == 128 + number and len(calls) == 5
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+    assert json.loads((tmp_path / "run" / "checkpoint" / "state.json").read_text())["step"] == 2
+    run(models, tmp_path / "run", *more)
+    same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_finished_run_evaluates_once(models, tmp_path, capsys, monkeypatch):
+    mmvp = write_mmvp(tmp_path / "mmvp")
+    out = run(models, tmp_path / "run")
+    run(models, out, "--mmvp", str(mmvp))  # finished, but not yet evaluated
+    assert "change from 1 to 2" in capsys.readouterr().out and (out / "mmvp" / "scores.json").exists()
+    monkeypatch.setattr(train, "load_clip", None)  # from here on nothing is loaded
+    run(models, out, "--mmvp", str(mmvp))
+    assert capsys.readouterr().out == f"{out}: this run is finished, scores in mmvp/; --overwrite starts anew\n"
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
+    with pytest.raises(SystemExit, match="--overwrite: every restart .* would delete the run"):
+        run(models, out, "--mmvp", str(mmvp), "--overwrite")
+
+
+def test_a_full_disk_costs_nothing_but_time(models, tmp_path, whole):
+    """A tmpfs with room for one checkpoint: a sentence, the earlier one whole; with more room the run goes on."""
+    size = sum(f.stat().st_size for f in whole.rglob("*") if f.is_file())
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size + (96 << 10)}", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        with pytest.raises(SystemExit, match="could not be written: .*(No space|space left).*; what it held before is"):
+            run(models, disk / "run", *STEPS)
+        train.dist.destroy_process_group()
+        assert json.loads((disk / "run" / "checkpoint" / "state.json").read_text())["step"] == 2
+        assert not list((disk / "run").glob("*.new"))
+        subprocess.run(["mount", "-o", f"remount,size={3 * size}", str(disk)], check=True)
+        run(models, disk / "run", *STEPS)
+        same_run(whole, disk / "run")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_killed_data_worker_is_replaced(models, tmp_path, monkeypatch, whole, capfd):
+    import multiprocessing
+
+    loss, calls = train.denoising_loss, []
+
+    def kill(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            for worker in multiprocessing.active_children():
+                worker.kill()
+        return loss(*args)
+
+    monkeypatch.setattr(train, "denoising_loss", kill)
+    run(models, tmp_path / "run", *STEPS, "--steps", "12", "--workers", "1")
+    assert "DataLoader worker" in capfd.readouterr().err and len(calls) == 12
+    monkeypatch.setattr(train, "denoising_loss", loss)
+    run(models, tmp_path / "whole", *STEPS, "--steps", "12")
+    same_run(tmp_path / "whole", tmp_path / "run")
+
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+@pytest.fixture(scope="module")
+def whole_of_two(models, tmp_path_factory) -> Path:
+    """A run of two processes that nothing has stopped, long enough to be disturbed."""
+    out = tmp_path_factory.mktemp("two") / "run"
+    command = [*TORCHRUN, "train.py", *arguments(models, out, *LONG)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
+    return out
+
+
+LONG = ["--steps", "150", "--micro-batch", "1", "--save-every", "20", "--lr", "0.01"]
+
+
+def start(command: list[str], out: Path, lines: int) -> subprocess.Popen:
+    """Starts a run in the background and returns once its metrics.jsonl has so many lines."""
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline, log = time.monotonic() + 120, out / "metrics.jsonl"
+    while process.poll() is None and time.monotonic() < deadline:
+        if log.exists() and log.read_bytes().count(b"\n") >= lines:
+            break
+        time.sleep(0.002)
+    return process
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_torchrun_stops_and_goes_on(models, tmp_path, whole_of_two, name):
+    """A signal to torchrun of two processes: both stop within seconds, one sentence says so, and the bits are kept."""
+    out, handle = tmp_path / "run", "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1"
+    command = [*TORCHRUN, handle, "train.py", *arguments(models, out, *LONG)]
+    process = start(command, out, 30)
+    process.send_signal(signal.Signals[name])
+    began = time.monotonic()
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode != 0 and time.monotonic() - began < 20
+    assert said.count(f"train.py: {name}: stopped after") == 1
+    step = json.loads((out / "checkpoint" / "state.json").read_text())["step"]
+    assert 30 <= step < 150 and step == len((out / "metrics.jsonl").read_text().splitlines())
+    if name != "SIGUSR1":
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
+        return same_run(whole_of_two, out)
+    command = [sys.executable, "train.py", *arguments(models, out, *LONG)]  # it goes on in one process
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
+    one, other = weights(whole_of_two), weights(out)
+    assert all((other[k] - v).norm() <= 1e-5 * v.norm() for k, v in one.items())
+
+
+@pytest.mark.slow
+def test_a_second_interrupt_leaves_at_once(tmp_path):
+    """In the middle of a micro-batch of many seconds, after which the first would have stopped the run."""
+    more = ["--batch-size", "640", "--micro-batch", "640", "--states", "4", "--out", str(tmp_path)]
+    process = start([sys.executable, "train.py", *more], tmp_path, 1)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGINT and time.monotonic() - began < 2
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_run_that_lost_a_process(models, tmp_path, whole_of_two):
+    out = tmp_path / "run"
+    command = [*TORCHRUN, "--max-restarts=3", "train.py", *arguments(models, out, *LONG)]
+    process = start(command, out, 50)
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    process.communicate(timeout=120)
+    assert process.returncode == 0
+    same_run(whole_of_two, out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["raise ValueError('a fault of its own')", "return loss(*args) * math.nan"])
+def test_one_process_that_fails_ends_all_and_its_error_is_shown(models, tmp_path, fault):
+    """Process 1 raises, or has a loss that is not finite, at its sixth loss, while process 0 waits for it."""
+    script = tmp_path / "fails.py"
+    script.write_text(
+        "import math, os, sys; sys.path.insert(0, os.getcwd())\n"
+        "import model, train\n"
+        "loss, calls = train.denoising_loss, []\n"
+        "def fail(*args):\n"
+        "    calls.append(1)\n"
+        f"    if os.environ['RANK'] == '1' and len(calls) == 6: {fault}\n"
+        "    return loss(*args)\n"
+        "train.denoising_loss = fail\n"
+        "with model.one_sentence('train.py'): train.train(train.parse_args())\n"
+    )
+    began = time.monotonic()
+    command = [*TORCHRUN, str(script), *arguments(models, tmp_path / "run", *LONG)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=90)
+    assert done.returncode != 0 and time.monotonic() - began < 60
+    said = "train.py: step 2: the loss is nan" if "nan" in fault else "[rank1]: ValueError: a fault of its own"
+    assert said in done.stderr and "[rank0]: Traceback" not in done.stderr
+    assert "nan" not in fault or "(process 1); this step was not taken" in done.stderr
+
+
+@pytest.mark.slow
+def test_sigkill_at_twenty_moments(tmp_path):
+    """The miniature, killed at random and inside of saves: every run ends in the bits of the undisturbed one."""
+    flags = ["--steps", "16", "--save-every", "1", "--batch-size", "4", "--micro-batch", "4", "--workers", "0"]
+    command = [sys.executable, "train.py", *flags, "--out"]
+    subprocess.run([*command, str(tmp_path / "whole")], cwd=ROOT, check=True, capture_output=True, timeout=120)
+    rng, kills, inside, runs = np.random.default_rng(0), 0, 0, 0
+    while kills < 20 or inside < 5:
+        out = tmp_path / f"run{runs}"
+        runs += 1
+        for _ in range(5):
+            log = out / "metrics.jsonl"
+            process = start([*command, str(out)], out, 1 + (log.read_bytes().count(b"\n") if log.exists() else 0))
+            began = time.time()  # what lies there from an earlier kill is older
+
+            def saving() -> bool:
+                with contextlib.suppress(FileNotFoundError):  # it was renamed meanwhile
+                    return any(f.stat().st_mtime > began for f in [*out.glob("*.new"), *out.glob("*.old")])
+                return False
+
+            if rng.random() < 0.5:
+                time.sleep(rng.uniform(0, 0.3))
+            else:
+                while process.poll() is None and not saving():
+                    pass
+                time.sleep(rng.uniform(0, 0.02))
+            process.kill()
+            process.communicate()
+            kills += process.returncode == -signal.SIGKILL
+            inside += process.returncode == -signal.SIGKILL and saving()
+        subprocess.run([*command, str(out)], cwd=ROOT, check=True, capture_output=True, timeout=120)
+        same_run(tmp_path / "whole", out)
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow(models, tmp_path, monkeypatch):
+    """20,000 steps: resident memory after the first 1,000 stays within 2%."""
+    rate, resident = train.learning_rate, []
+
+    def watch(step: int, *args) -> float:
+        if step % 100 == 0:
+            resident.append(int(Path("/proc/self/statm").read_text().split()[1]))
+        return rate(step, *args)
+
+    monkeypatch.setattr(train, "learning_rate", watch)
+    small = ["--batch-size", "1", "--micro-batch", "1", "--states", "1", "--image-size", "16", "--save-every", "5000"]
+    run(models, tmp_path / "run", *small, "--steps", "20000", "--lr", "1e-4")
+    assert len(resident) == 200 and max(resident[10:]) < 1.02 * resident[10]
 
 
 def test_a_loss_that_is_not_finite_stops_before_its_step(models, tmp_path, monkeypatch):
@@ -761,7 +1092,7 @@ def test_a_loss_that_is_not_finite_stops_before_its_step(models, tmp_path, monke
         return loss(*args) * (math.nan if len(calls) == 3 else 1)
 
     monkeypatch.setattr(train, "denoising_loss", third_is_nan)
-    with pytest.raises(SystemExit, match="step 2: the loss is nan"):
+    with pytest.raises(SystemExit, match=r"step 2: the loss is nan, .* \(process 0\); this step was not taken"):
         run(models, tmp_path / "run", "--save-every", "1", "--steps", "5")
     train.dist.destroy_process_group()
     monkeypatch.setattr(train, "denoising_loss", loss)
@@ -912,6 +1243,8 @@ def test_the_command_compares_two_clips(models, tmp_path):
         (3, "2,Colour,a cat", r"row 3: type 'Colour' differs from its partner's, 'Color'"),
         (2, "1,Color", r"row 2: needs an id, a type and a statement"),
         (2, "one,Color,a cat", r"row 2: the id 'one' is not a number"),
+        (2, "9" * 5001 + ",Color,a cat", r"row 2: the id '9{20}' is not a number"),
+        (2, "1," + "C" * 300 + ",a cat", r"row 2: the type is longer than"),
         (3, "9,Color,a cat", r"row 3: id 9 does not follow"),
         (2, "2,Color,a cat", r"row 2: a pair begins with an odd id"),
         ((4, 5), "{},Color,a cat".replace("{}", "1"), r"row 4: a pair begins with an odd id of its own, and this is 1"),
@@ -1101,7 +1434,10 @@ def test_bad_arguments_end_in_a_sentence(models, tmp_path, more, message):
         (["--data", "{}/*.zip"], "zip: no such file"),
         (["--mmvp", "{}/folder"], "folder: no image folder"),
         (["--clip", "{}/folder"], "folder: no CLIP in this folder"),
-        (["--diffusion", "{}/folder"], r"folder: no Stable Diffusion in diffusers' layout \(scheduler/ is missing\)"),
+        (
+            ["--diffusion", "{}/folder"],
+            "folder: no Stable Diffusion in diffusers' layout .scheduler/scheduler_config.json is",
+        ),
     ],
 )
 def test_bad_input_ends_in_a_sentence(models, tmp_path, more, message):
@@ -1111,9 +1447,118 @@ def test_bad_input_ends_in_a_sentence(models, tmp_path, more, message):
     write_shard(tmp_path / "none.tar", {"0.txt": b"caption"})
     with pytest.raises(SystemExit, match=message) as stop:
         run(models, tmp_path / "run", *[part.format(tmp_path) for part in more])
-    if train.dist.is_initialized():
-        train.dist.destroy_process_group()
     assert "\n" not in stop.value.code and not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_hub_that_refuses_is_a_sentence(models, tmp_path):
+    """A hub of this test's own: what is not found, what is gated, and a hub that is not there."""
+    import http.server
+    import threading
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            gated = "gated" in self.path
+            self.send_response(403 if gated else 404)
+            self.send_header("X-Error-Code", "GatedRepo" if gated else "RepoNotFound")
+            self.send_header("X-Error-Message", "Access is restricted" if gated else "Repository not found")
+            self.end_headers()
+
+        do_HEAD = do_GET
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    hub, nowhere = f"http://127.0.0.1:{server.server_port}", "http://127.0.0.1:1"
+    clip = ["evaluate_mmvp.py", "--mmvp", str(model.MINIATURE / "mmvp")]
+    train_with = ["train.py", "--steps", "1", "--out", str(tmp_path / "run"), "--diffusion"]
+    for endpoint, command, words in (
+        (hub, [*clip, "hf-hub:some/missing"], "CLIP hf-hub:some/missing could not be loaded"),
+        (hub, [*clip, "hf-hub:some/gated"], "CLIP hf-hub:some/gated could not be loaded"),
+        (hub, [*train_with, "some/gated"], "diffusion model some/gated could not be loaded"),
+        (hub, ["evaluate_mmvp.py", "x", "--mmvp", "some/gated"], "data set some/gated could not be fetched"),
+        (nowhere, [*train_with, "some/missing"], "diffusion model some/missing could not be loaded"),
+    ):
+        command = [word if word != "x" else f"{models}/vit" for word in command]
+        environment = os.environ | dict(HF_ENDPOINT=endpoint, HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path / "home"))
+        done = subprocess.run(
+            [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+        )
+        said = [line for line in done.stderr.splitlines() if line.strip() and "shard/s" not in line]  # but for the bar
+        assert done.returncode == 2 and len(said) == 1 and words in said[0], done.stderr
+    server.shutdown()
+
+
+class Payload:
+    """A pickle that leaves a file behind when it is executed."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize(
+    "part, name, message",
+    [
+        ("vit", "open_clip_pytorch_model.bin", "CLIP .*vit could not be loaded: "),
+        ("epsilon", "unet/diffusion_pytorch_model.bin", "diffusion model .*epsilon could not be loaded: "),
+        ("epsilon", "vae/diffusion_pytorch_model.bin", "diffusion model .*epsilon could not be loaded: "),
+        ("epsilon", "text_encoder/pytorch_model.bin", "diffusion model .*epsilon could not be loaded: "),
+    ],
+)
+def test_no_weights_execute_anything(models, tmp_path, part, name, message):
+    """Pickled weights in place of safetensors are refused, and what they would do is not done."""
+    import pickle
+    import shutil
+
+    folder = shutil.copytree(models / part, tmp_path / part)
+    for file in (folder / name).parent.glob("*.safetensors"):
+        file.unlink()
+    (folder / name).write_bytes(pickle.dumps(Payload(tmp_path / "executed")))
+    with pytest.raises(SystemExit, match=message) as stop:
+        model.load_clip(str(folder)) if part == "vit" else model.load_diffusion(str(folder), "", torch.float32, "cpu")
+    assert "\n" not in stop.value.code and not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    "part, remove, message",
+    [
+        ("vit", "open_clip_model.safetensors", "CLIP .*vit could not be loaded: "),
+        ("vit", "open_clip_config.json", "no CLIP in this folder .open_clip_config.json is missing"),
+        ("epsilon", "unet/config.json", "no Stable Diffusion in diffusers' layout .unet/config.json is missing"),
+        ("epsilon", "unet/diffusion_pytorch_model.safetensors", "diffusion model .*epsilon could not be loaded: "),
+        ("epsilon", "text_encoder/config.json", "text_encoder/config.json is missing"),
+    ],
+)
+def test_half_a_folder_is_refused(models, tmp_path, part, remove, message):
+    import shutil
+
+    folder = shutil.copytree(models / part, tmp_path / part)
+    (folder / remove).unlink()
+    with pytest.raises(SystemExit, match=message) as stop:
+        model.load_clip(str(folder)) if part == "vit" else model.load_diffusion(str(folder), "", torch.float32, "cpu")
+    assert "\n" not in stop.value.code
+
+
+@pytest.mark.parametrize("part", ["clip", "unet"])
+def test_weights_of_another_architecture_are_refused(models, tmp_path, part):
+    import shutil
+
+    name, key = ("vit", "open_clip_config.json") if part == "clip" else ("epsilon", "unet/config.json")
+    folder = shutil.copytree(models / name, tmp_path / name)
+    config = json.loads((folder / key).read_text())
+    if part == "clip":
+        config["model_cfg"]["vision_cfg"]["layers"] = 3
+    else:
+        config["block_out_channels"] = [16, 16]
+    (folder / key).write_text(json.dumps(config))
+    with pytest.raises(SystemExit, match=f"{name} could not be loaded: ") as stop:
+        model.load_clip(str(folder)) if name == "vit" else model.load_diffusion(str(folder), "", torch.float32, "cpu")
+    assert "\n" not in stop.value.code
 
 
 def test_help_and_mistyped_arguments_do_not_wait_for_torch():
@@ -1125,6 +1570,90 @@ def test_help_and_mistyped_arguments_do_not_wait_for_torch():
         done = subprocess.run([sys.executable, "-c", code, *more], cwd=ROOT, capture_output=True, text=True)
         assert (done.returncode, len(done.stderr.splitlines())) == (exit_code, lines)
         assert done.stdout.splitlines()[-1] == "False"
+
+
+ODD = np.array([b'"', b",", b"\n", b"\0", b"-", b"9" * 20, b"9" * 5000, b"{", b"[", "é".encode()], dtype=object)
+
+
+def mutated(content: bytes, rng: np.random.Generator) -> bytes:
+    """Bytes changed, cut out, repeated or cut off, one to eight times."""
+    content = bytearray(content)
+    for _ in range(rng.integers(1, 9)):
+        at, length = int(rng.integers(len(content) + 1)), int(rng.integers(1, 20))
+        match rng.integers(5):
+            case 0:
+                content[at : at + length] = rng.bytes(length)
+            case 1:
+                del content[at : at + length]
+            case 2:
+                content[at:at] = content[at : at + length]
+            case 3:
+                content[at:at] = rng.choice(ODD)
+            case 4 if rng.random() < 0.2:
+                del content[at:]
+    return bytes(content)
+
+
+@pytest.fixture(scope="module")
+def parsers(models, tmp_path_factory) -> dict:
+    """For each parser a good input, and a function that takes bytes to what it makes of them."""
+    folder = tmp_path_factory.mktemp("parsers")
+    tar, mmvp = write_shard(folder / "0.tar", {f"{i}.jpg": b"12345" for i in range(3)}), write_mmvp(folder / "mmvp")
+    good = tar.read_bytes()[:3072]  # three headers with their images, and the first of the two empty blocks at the end
+    other = write_shard(folder / "1.tar", {f"{i}.jpg": b"12345" for i in range(3)})
+    data.shard_index(str(other))
+    cache, questions = Path(f"{other}.index.npy"), mmvp / "Questions.csv"
+    checkpoint = run(models, folder / "run") / "checkpoint"
+    linear = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(linear.parameters(), 1, momentum=0.9)
+    linear(torch.ones(2)).sum().backward()
+    optimizer.step()
+    small = folder / "small"
+    model.save_checkpoint(small, linear, optimizer, {})
+
+    def read_tar(content: bytes):
+        tar.write_bytes(content)
+        Path(f"{tar}.index.npy").unlink(missing_ok=True)
+        return data.shard_index(str(tar))
+
+    def read_cache(content: bytes):
+        cache.write_bytes(content)
+        return data.shard_index(str(other))
+
+    def parser(path: Path, read):
+        def parse(content: bytes):
+            path.write_bytes(content)
+            return read()
+
+        return path.read_bytes(), parse
+
+    return {
+        "index": (good, read_tar),
+        "cache": (cache.read_bytes(), read_cache),
+        "mmvp": parser(questions, lambda: evaluate_mmvp.read_mmvp(str(mmvp))),
+        "recap": (b"random:50%", lambda content: model.parse_recap(content.decode(errors="replace"), 16)),
+        "state": parser(checkpoint / "state.json", lambda: model.read_state(checkpoint)),
+        "weights": parser(small / "weights.safetensors", lambda: model.load_checkpoint(small, linear, optimizer)),
+        "momentum": parser(small / "momentum.safetensors", lambda: model.load_checkpoint(small, linear, optimizer)),
+    }
+
+
+@pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["index", "cache", "mmvp", "recap", "state", "weights", "momentum"])
+def test_no_parser_crashes(parsers, name, count):
+    """Mutated inputs end in a result or in a sentence."""
+    good, parse = parsers[name]
+    rng, refused = np.random.default_rng(0), 0
+    for _ in range(count):
+        try:
+            found = parse(mutated(good, rng))
+            if name in ("index", "cache"):  # whatever it says, it says of places in the file
+                assert found.shape[1] == 2 and found.min(initial=0) >= 0 and found.max(initial=0) < 20_000
+        except SystemExit as stop:
+            assert isinstance(stop.code, str) and "\n" not in stop.code.strip()
+            refused += 1
+    parse(good)
+    assert refused > count / 20 or name == "cache"
 
 
 @pytest.mark.slow

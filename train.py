@@ -20,15 +20,18 @@ import math
 import os
 import resource
 import shutil
+import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-from model import RECIPES, Clip, Diffusion, Recap, Recipe, check_diffusion, load_checkpoint, load_clip
-from model import embed_phrases, load_diffusion, locate_clip, one_sentence, parse_recap, recipe_of
-from model import save_checkpoint, save_clip
+from model import RECIPES, Clip, Diffusion, Recap, Recipe, Stopped, check_diffusion, load_checkpoint, load_clip
+from model import embed_phrases, load_diffusion, locate_clip, one_sentence, parse_recap, read_state, recipe_of
+from model import save_checkpoint, save_clip, synchronise
 
 PROCESSES = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1  # torchrun says how many there are
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # what clusters and people send to end a run
 FREE = ("micro_batch", "save_every", "mmvp", "out", "workers", "overwrite")  # may differ when a run goes on
 
 
@@ -107,6 +110,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise SystemExit(f"--out {args.out}: is a file; a run needs a folder")
     if args.overwrite and Path(args.out).resolve() in Path(args.clip).resolve().parents:
         raise SystemExit(f"--overwrite: would delete {args.clip}, the CLIP to train; name another --out")
+    if args.overwrite and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        raise SystemExit("--overwrite: every restart (torchrun --max-restarts) would delete the run; use another --out")
     locate_clip(args.clip)
     check_diffusion(args.diffusion)
     if args.random_weights and not os.path.isdir(args.diffusion) and args.diffusion != Recipe.diffusion:
@@ -152,14 +157,14 @@ if __name__ == "__main__":  # before the imports below, which take seconds: a mi
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from torch.distributed.rendezvous import rendezvous  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
-from torch.utils.data import DataLoader  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import evaluate_mmvp  # noqa: E402
 from condition import VisualCondition, count_patches, draw_patches, fit_projection, visual_tokens  # noqa: E402
-from data import TrainingImages, collate, micro_batches, open_images, to_device  # noqa: E402
+from data import TrainingImages, collate, micro_batches, open_images, read_batches, to_device  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The method
@@ -219,9 +224,14 @@ def start_processes() -> torch.device:
         torch.cuda.set_device(device)
     else:
         device = torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=datetime.timedelta(hours=1), **alone)
+    store, rank = dist.HashStore(), 0
+    if "RANK" in os.environ:
+        store, rank, _ = next(rendezvous("env://"))
+        if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:  # on one node a restart finds the old keys
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # what is on the CPU waits for no GPU
+    hour = datetime.timedelta(hours=1)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=PROCESSES, timeout=hour)
     return device
 
 
@@ -235,16 +245,16 @@ def start_fitted(encoder: VisualCondition, clip: Clip, diffusion: str, dataset: 
 
 
 class Log:
-    """The bar and metrics.jsonl, both of the first process, and the two reasons to stop a run."""
+    """The bar and metrics.jsonl, both of the first process, and the three reasons to stop a run."""
 
     def __init__(self, args: argparse.Namespace, first_step: int, unreadable: int):
         self.args, self.first, self.unreadable = args, dist.get_rank() == 0, unreadable
-        self.names, self.smooth = [], None
+        self.names, self.smooth, self.signal = [], None, 0
+        self.handlers = [signal.signal(number, self.note_signal) for number in SIGNALS]
         self.path = Path(args.out) / "metrics.jsonl"
         if self.first and self.path.exists():  # a resumed run: the lines after its checkpoint come again
-            lines = [line for line in self.path.read_text().splitlines(True) if line.endswith("}\n")]
             part = self.path.with_suffix(".part")
-            part.write_text("".join(line for line in lines if json.loads(line)["step"] < first_step))
+            part.write_bytes(b"".join(self.path.read_bytes().splitlines(True)[:first_step]))
             part.replace(self.path)
         self.bar = tqdm(total=args.steps, initial=first_step, unit="step", dynamic_ncols=True, disable=not self.first)
         self.time = time.perf_counter()
@@ -255,23 +265,24 @@ class Log:
         SystemExit, the same in every process: the loss or its gradient is not finite, or more than one image in ten
         cannot be read.
         """
-        sums = torch.stack([sum(losses) / len(losses) / PROCESSES, torch.full_like(grad_norm, len(unreadable))])
+        mine = sum(losses) / len(losses)
+        sums = torch.stack([mine / PROCESSES, torch.full_like(grad_norm, len(unreadable))])
         dist.all_reduce(sums)
         loss, unread, grad_norm = torch.cat([sums, grad_norm[None]]).tolist()
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            self.bar.close()
+            where = [rank for rank, value in enumerate(everyone(float(mine))) if not math.isfinite(value)]
+            self.close()
             raise SystemExit(
-                f"step {step}: the loss is {loss}, its gradient's norm {grad_norm}; this step was not taken, and what "
-                f"was saved before is in {self.args.out}"
+                f"step {step}: the loss is {loss}, its gradient's norm {grad_norm}"
+                + f" (process {', '.join(map(str, where))})" * bool(where)
+                + f"; this step was not taken, and what was saved before is in {self.args.out}"
             )
-        self.unreadable += int(unread)
-        self.names = (self.names + unreadable)[:3]
+        names = sum(everyone(unreadable), []) if unread else []
+        self.names, self.unreadable = (self.names + names)[:3], self.unreadable + len(names)
         reads = (step + 1) * self.args.batch_size + self.unreadable
         if reads >= 100 and self.unreadable * 10 > reads:
-            everyone = [None] * PROCESSES
-            dist.all_gather_object(everyone, self.names)
-            names = "; ".join(sum(everyone, [])[:3])
-            self.bar.close()
+            self.close()
+            names = "; ".join(self.names)
             raise SystemExit(f"step {step}: {self.unreadable} of {reads} images could not be read: {names}")
 
         now = time.perf_counter()
@@ -284,32 +295,70 @@ class Log:
         if self.first:
             line = dict(step=step, loss=loss, grad_norm=grad_norm, lr=lr, images_per_second=round(speed, 3))
             line |= dict(peak_memory_gib=round(memory / 2**30, 3), unreadable=self.unreadable)
+            line |= dict(passed_over=names) if names else {}
             with open(self.path, "a") as file:
                 file.write(json.dumps(line) + "\n")
         self.bar.set_postfix_str(f"smoothed loss {self.smooth:.4f}, {speed:.3g} images/s, lr {lr:.1e}", refresh=False)
         self.bar.update()
 
+    def close(self) -> None:
+        """Ends the bar, and gives signals their usual meaning back."""
+        self.bar.close()
+        for number, handler in zip(SIGNALS, self.handlers):
+            signal.signal(number, handler or signal.SIG_DFL)
 
-def check_out(args: argparse.Namespace) -> None:
-    """SystemExit if OUT holds another run than this one, unless it is to be overwritten."""
-    path = Path(args.out) / "args.json"
-    if path.exists() and any(path.parent.glob("checkpoint*/state.json")) and not args.overwrite:
-        try:
-            found, here = json.loads(path.read_text()), json.loads(json.dumps(vars(args)))
-        except ValueError:
-            raise SystemExit(f"{path}: cannot be read; name another --out or --overwrite") from None
-        differing = [k for k in here if k not in FREE and found.get(k) != here[k]]
-        what = [f"{k} {found.get(k)!r} there, {here[k]!r} here" for k in differing]
-        if differing:
-            raise SystemExit(f"{args.out}: holds another run ({'; '.join(what)}); name another --out or --overwrite")
+    def note_signal(self, number: int, frame) -> None:
+        """What a signal does: `stop_if_asked` sees it. Without torchrun, which repeats it, a second Ctrl-C ends all."""
+        self.signal = number
+        if number == signal.SIGINT and "RANK" not in os.environ:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def stop_if_asked(self, step: int, save: Callable[[int], None]) -> None:
+        """Ends the run if any process was sent one of SIGNALS, with the steps that were taken, 0 to `step` - 1, saved.
+
+        Called between two micro-batches; Stopped, the same in every process.
+        """
+        number = torch.tensor(self.signal)
+        dist.all_reduce(number, dist.ReduceOp.MAX)  # on the CPU, so that no GPU is waited for
+        if number:
+            if self.first:
+                save(step)
+            dist.barrier()
+            self.close()
+            name, out = signal.Signals(number.item()).name, self.args.out
+            raise Stopped(f"{name}: stopped after {step} steps, saved in {out}; the same command goes on", int(number))
+
+
+def everyone(mine) -> list:
+    """A value of each process, in all of them."""
+    values = [None] * PROCESSES
+    dist.all_gather_object(values, mine)
+    return values
+
+
+def check_out(args: argparse.Namespace) -> dict:
+    """The state of the run in OUT that goes on, or of one that begins.
+
+    SystemExit: OUT holds another run than this one, unless it is to be overwritten.
+    """
+    state = None if args.overwrite else read_state(Path(args.out) / "checkpoint")
+    here = json.loads(json.dumps(vars(args)))
+    if state is None:
+        return dict(step=0, unreadable=0, images=None)
+    found = state["args"]
+    what = [f"{k} {found.get(k)!r} there, {here[k]!r} here" for k in here if k not in FREE and found.get(k) != here[k]]
+    if what:
+        raise SystemExit(f"{args.out}: holds another run ({'; '.join(what)}); name another --out or --overwrite")
+    return state
 
 
 def open_out(args: argparse.Namespace) -> None:
     """Makes OUT with its args.json: every setting of the run and the versions that it runs with."""
     out = Path(args.out)
     if args.overwrite:
-        for part in ("checkpoint", "checkpoint.old", "clip", "mmvp"):
-            shutil.rmtree(out / part, ignore_errors=True)
+        for part in ("checkpoint.old", "checkpoint", "clip.old", "clip", "mmvp"):
+            if (out / part).exists():
+                shutil.rmtree(out / part)
         (out / "metrics.jsonl").unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     packages = ("torch", "open_clip_torch", "diffusers", "transformers")
@@ -331,11 +380,19 @@ def train(args: argparse.Namespace) -> None:
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     if not first:
         dist.barrier()  # until the first process has checked and indexed what the others then find
-    check_out(args)
+    state = check_out(args)
     files = open_images(args.data, progress=first)
+    total, first_step = len(files or ()), state["step"]
+    if state["images"] not in (None, total):
+        raise SystemExit(f"{out}: its run has {state['images']} images, --data now {total}; bring them back to go on")
     pairs = evaluate_mmvp.read_mmvp(args.mmvp) if args.mmvp else None
     if first:
         dist.barrier()
+    if first_step == args.steps and (not pairs or (out / "mmvp" / "scores.json").exists()):
+        if first:
+            print(f"{out}: this run is finished{', scores in mmvp/' * bool(pairs)}; --overwrite starts anew")
+        dist.destroy_process_group()
+        return
 
     # θ and φ
     clip = load_clip(args.clip, args.random_weights)
@@ -359,7 +416,8 @@ def train(args: argparse.Namespace) -> None:
     dist.barrier()
     if args.projection == "fitted":
         start_fitted(encoder, clip, args.diffusion, TrainingImages(files, size, 64, args.seed), device)
-    first_step, unreadable_before = load_checkpoint(out / "checkpoint", encoder, optimizer)
+    if state["images"] is not None:
+        load_checkpoint(out / "checkpoint", encoder, optimizer)
     ddp = DistributedDataParallel(encoder, gradient_as_bucket_view=True)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
@@ -368,32 +426,36 @@ def train(args: argparse.Namespace) -> None:
         draw, shape=shape, num_timesteps=len(diffusion.alphas_cumprod), num_patches=patches, recap=recap
     )
     dataset = TrainingImages(files, size, args.batch_size, args.seed, draws)
-    seen = [None] * PROCESSES
-    dist.all_gather_object(seen, (first_step, len(dataset)))
-    if len(set(seen)) > 1:
-        raise SystemExit(f"(steps taken, images) differ between processes: {seen}; all need the same --out and --data")
-    keys = micro_batches(first_step, args.steps, args.batch_size, args.micro_batch, dist.get_rank(), PROCESSES)
+    if len(set(everyone((first_step, len(dataset))))) > 1:
+        raise SystemExit("steps taken or images differ between processes; all need the same --out and --data")
+    keys = functools.partial(
+        micro_batches, first_step, args.steps, args.batch_size, args.micro_batch, dist.get_rank(), PROCESSES
+    )
     if args.workers is None:
         args.workers = min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    loader = DataLoader(
-        dataset, batch_sampler=keys, collate_fn=collate, num_workers=args.workers, pin_memory=device.type == "cuda"
-    )
-    batches = iter(loader)
     accumulation = args.batch_size // (args.micro_batch * PROCESSES)
     if first:
         print(
             f"{args.clip} learns from {args.diffusion}{', both with random weights' * args.random_weights}\n"
             f"{len(dataset):,} images at {size}², recap {args.recap} ({1 + recap.count} tokens), N = {args.states}, "
             f"{args.precision} on {device.type}\nsteps {first_step} to {args.steps}, batch {args.batch_size} = "
-            f"{PROCESSES} processes × micro-batch {args.micro_batch} × {accumulation} accumulated; writing to {out}"
-            + "\nthis run is finished" * (first_step == args.steps),
+            f"{PROCESSES} processes × micro-batch {args.micro_batch} × {accumulation} accumulated; writing to {out}",
             flush=True,
         )
 
-    log = Log(args, first_step, unreadable_before)
+    log = Log(args, first_step, state["unreadable"])
+    batches = read_batches(dataset, keys, args.workers)
+
+    def save(step: int) -> None:
+        if step:
+            synchronise(log.path)  # first: its lines are never behind the checkpoint
+        state = dict(step=step, unreadable=log.unreadable, images=total, args=vars(args))
+        save_checkpoint(out / "checkpoint", encoder, optimizer, state)
+
     for step in range(first_step, args.steps):
         losses, unreadable = [], []
         for micro in range(accumulation):
+            log.stop_if_asked(step, save)  # by SIGTERM, SIGINT or SIGUSR1
             ddp.require_backward_grad_sync = micro == accumulation - 1  # processes average gradients once a step
             batch = to_device(next(batches), device)  # with t, ε and the patches of its N states, from `draw`
             images = batch["images"]  # Alg. 1, line 1: x, (B, 3, S, S)
@@ -413,9 +475,9 @@ def train(args: argparse.Namespace) -> None:
         optimizer.zero_grad()
         if first and ((step + 1) % args.save_every == 0 or step + 1 == args.steps):
             save_clip(clip, out / "clip")  # first: a run that dies in between comes here again
-            save_checkpoint(out / "checkpoint", encoder, optimizer, step + 1, log.unreadable)
+            save(step + 1)
             log.time = time.perf_counter()  # the next step's speed is its own
-    log.bar.close()
+    log.close()
 
     if first:
         print(f"{out}/clip: open_clip.create_model_and_transforms('local-dir:{out}/clip')")
