@@ -29,8 +29,9 @@ import pytest
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parent / "miniature"))
+sys.path[:0] = [str(Path(__file__).parent / folder) for folder in ("miniature", "extras")]
 
+import bench
 import condition
 import data
 import evaluate_mmvp
@@ -229,6 +230,7 @@ class NoInit(torch.overrides.TorchFunctionMode):
             "trunc_normal_",
             "kaiming_uniform_",
             "xavier_uniform_",
+            "erfinv_",
             "fill_",
         ):
             return args[0] if args else kwargs["tensor"]
@@ -1376,6 +1378,66 @@ def test_a_few_steps_let_the_class_token_say_more_than_the_empty_text(teacher, t
     empty = unseen_losses(diffusion, latents, diffusion.text[:, None].expand(len(scenes), -1, -1, -1), 0)
     assert clearly_lower(losses["16"], losses["1"]) and clearly_lower(losses["16"], empty)
     assert clearly_lower(empty, unseen_losses(diffusion, latents, c.roll(1, 0), 0))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# extras/bench.py
+
+
+@pytest.mark.parametrize(
+    "name, tokens, clip",
+    [
+        ("openai-vit-l-14-224", 77, 0.486),
+        ("siglip-so400m-14-224", 43, 0.661),
+        *(
+            pytest.param(*row, marks=pytest.mark.slow)
+            for row in (
+                ("openai-vit-l-14-336", 77, 1.145),
+                ("metaclip-vit-l-14-224", 257, 0.486),
+                ("metaclip-vit-h-14-224", 257, 1.003),
+                ("siglip-so400m-14-384", 73, 2.010),
+                ("dfn-vit-h-14-224", 257, 1.003),
+                ("dfn-vit-h-14-378", 365, 3.020),
+            )
+        ),
+    ],
+)
+def test_nothing_is_computed_twice(name, tokens, clip):
+    """The work of a full-size step beside its floor, and that beside TFLOP counted before this code was written."""
+    args = ["--recipe", name, "--random-weights", "--data", "synthetic", "--micro-batch", "2", "--batch-size", "2"]
+    with NoInit():
+        step = bench.Step(train.parse_args([*args, "--precision", "bf16"]), torch.device("meta"))
+    work, floor = sum(bench.executed_work(step).values()), bench.floor_work(step)
+    assert 0.999 < work / sum(floor.values()) < 1.02
+    unet = 1.671 + (1.714 - 1.671) * (tokens - 77) / (257 - 77)  # a state's, forward and backward: linear in the tokens
+    assert floor == pytest.approx({"VAE": 1.117, "CLIP": clip, "U-Net": 2 * unet}, rel=2e-3)
+    if name == "openai-vit-l-14-224":
+        assert work == pytest.approx(4.95, rel=0.01)  # the README's
+        step.diffusion.unet.requires_grad_(True)  # what the floor is for: weight gradients that nothing needs
+        assert sum(bench.executed_work(step).values()) / sum(bench.floor_work(step).values()) > 1.2
+
+
+def test_the_benchmark_measures_a_step(models, tmp_path, capsys):
+    figures = {}
+    for states in (2, 4):
+        more = ["--states", f"{states}", "--steps", "3", "--json", f"{tmp_path}/{states}.json"]
+        bench.main([*arguments(models, tmp_path / "run"), *more])
+        f = figures[states] = json.loads((tmp_path / f"{states}.json").read_text())
+        ms, work, floor = f["ms_per_image"], f["tflop_per_image"], f["floor_tflop_per_image"]
+        assert list(ms) == list(work) == ["copy", "CLIP", "VAE", "U-Net forward", "backward", "optimizer", "total"]
+        assert sum(ms.values()) == pytest.approx(2 * ms["total"], rel=0.5)  # the parts, and the steps timed as a whole
+        assert f["images_per_second"] == pytest.approx(1000 / ms["total"])
+        assert f["tflop_per_second"] == pytest.approx(work["total"] * f["images_per_second"])
+        assert f["share_of_ceiling"] == pytest.approx(f["tflop_per_second"] / f["ceiling_tflop_per_second"])
+        assert 0 < f["share_of_ceiling"] < 1 and 0.1 < f["peak_memory_gib"] < 10
+        assert 0.99 < f["executed_over_floor"] == pytest.approx(work["total"] / floor["total"])
+        assert (f["states"], f["micro_batch"], f["image_size"], f["tokens"]) == (states, 4, 32, 9)
+        assert f"images_per_second         {f['images_per_second']:.4g}\n" in capsys.readouterr().out
+    more = figures[4]["tflop_per_image"]["total"] - figures[2]["tflop_per_image"]["total"]
+    assert more == pytest.approx(figures[2]["floor_tflop_per_image"]["U-Net"], rel=0.05)  # two more states
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(SystemExit, match="--json .*nowhere/x.json: there is no folder .*nowhere"):
+        bench.main([*arguments(models, tmp_path / "run"), "--json", f"{tmp_path}/nowhere/x.json"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
