@@ -7,7 +7,8 @@ A row is a name and what it changes in the recipe `miniature`. Each run is measu
 that no training has seen, against the untouched CLIP; runs that are done are kept in OUT and not repeated. Printed for
 each row, the mean over its seeds: the change of the pair score in points for both readings, ± its standard error over
 pairs and ± over seeds; the change in points of the zero-shot class accuracy and of a linear probe of the nine details
-on the image embedding; the change of the training loss from the first tenth of the steps to the last.
+on the image embedding; the change of the training loss from the first tenth of the steps to the last. A second table
+gives the change of each type's pair score (`cls`).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from tqdm import tqdm
 
 import make
 import train
-from evaluate_mmvp import pairs_right, read_mmvp, similarities
+from evaluate_mmvp import pairs_right, read_mmvp, similarities, type_names, type_scores
 from model import MINIATURE, load_clip, one_sentence
 
 FITTED = ["--projection", "fitted"]
@@ -40,6 +41,8 @@ ROWS = {  # what each changes in the recipe
     "recap all": ["--recap", "all"],
     "another image": [],  # control: each image is judged by the condition of the batch's next one
     "fitted": FITTED,
+    "fitted, another image": FITTED,
+    "fitted, 200 steps": [*FITTED, "--steps", "200"],
     "fitted, recap none": [*FITTED, "--recap", "none"],
     "fitted, recap none, another image": [*FITTED, "--recap", "none"],
     "fitted, recap none, lr 0.03": [*FITTED, "--recap", "none", "--lr", "0.03"],
@@ -86,9 +89,15 @@ def run(row: str, seed: int, out: Path) -> None:
 
 
 def table(rows: list[str], seeds: list[int], out: Path) -> str:
-    """The rows that are measured, as a table."""
+    """The rows that are measured, as two tables."""
     before = json.loads((out / "before.json").read_text())
     right = np.array(before["right"])
+    types = [pair.type for pair in read_mmvp(f"{out}/mmvp")]
+    by_type = [
+        "| cls | " + " | ".join(type_names(types)) + " |",
+        "|---" * (1 + len(type_names(types))) + "|",
+        "| untouched | " + " | ".join(f"{score:.1f}" for score in type_scores(right[0], types).values()) + " |",
+    ]
     lines = [
         f"untouched: cls {100 * right[0].mean():.1f}, cls+local {100 * right[1].mean():.1f}, class "
         f"{before['accuracy']:.1f}, probe {np.mean(before['probe']):.1f}",
@@ -110,7 +119,9 @@ def table(rows: list[str], seeds: list[int], out: Path) -> str:
         cells.append(f"{np.mean([r['probe'] for r in runs]) - np.mean(before['probe']):+.1f}")
         cells.append(f"{np.mean([r['loss'][1] - r['loss'][0] for r in runs]):+.4f}")
         lines.append(f"| {row} | {len(runs)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        scores = type_scores(change[:, 0].mean(0) / 100, types).values()
+        by_type.append(f"| {row} | " + " | ".join(f"{score:+.1f}" for score in scores) + " |")
+    return "\n".join([*lines, "", *by_type])
 
 
 def main() -> None:
