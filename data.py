@@ -307,7 +307,7 @@ def read_batches(dataset: TrainingImages, keys: Callable[[], Iterator], workers:
 
 
 def leave_signals_to_the_run(worker: int) -> None:
-    """A cluster, or Ctrl-C, signals every process: the run ends after its step, and the workers with it."""
+    """Ctrl-C and clusters signal every process; when a worker ends is for the run to say, and it says so by SIGTERM."""
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

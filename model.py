@@ -507,11 +507,10 @@ def read_state(folder: str | os.PathLike) -> dict | None:
 
 
 def load_checkpoint(folder: str | os.PathLike, module: torch.nn.Module, optimizer) -> None:
-    """Reads the tensors that `save_checkpoint` wrote, if any. SystemExit: they cannot be read, or are another's."""
+    """Reads the tensors that `save_checkpoint` wrote. SystemExit: they cannot be read, or are another's."""
     from safetensors.torch import load_file
 
-    if (folder := whole_checkpoint(folder)) is None:
-        return
+    folder = whole_checkpoint(folder)
     saved, parameters = optimizer.state_dict(), optimizer.param_groups[0]["params"]
     try:
         weights, momentum = load_file(folder / "weights.safetensors"), load_file(folder / "momentum.safetensors")

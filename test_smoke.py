@@ -15,6 +15,9 @@ import csv
 import io
 import json
 import math
+import multiprocessing
+import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -918,8 +921,6 @@ def test_a_full_disk_costs_nothing_but_time(models, tmp_path, whole):
 
 
 def test_a_killed_data_worker_is_replaced(models, tmp_path, monkeypatch, whole, capfd):
-    import multiprocessing
-
     loss, calls = train.denoising_loss, []
 
     def kill(*args):
@@ -1554,6 +1555,13 @@ def test_a_hub_that_refuses_is_a_sentence(models, tmp_path):
     server.shutdown()
 
 
+def load(folder: Path):
+    """What a folder of the fixture `models` holds, by its name."""
+    if folder.name == "vit":
+        return model.load_clip(str(folder))
+    return model.load_diffusion(str(folder), "", torch.float32, "cpu")
+
+
 class Payload:
     """A pickle that leaves a file behind when it is executed."""
 
@@ -1575,15 +1583,12 @@ class Payload:
 )
 def test_no_weights_execute_anything(models, tmp_path, part, name, message):
     """Pickled weights in place of safetensors are refused, and what they would do is not done."""
-    import pickle
-    import shutil
-
     folder = shutil.copytree(models / part, tmp_path / part)
     for file in (folder / name).parent.glob("*.safetensors"):
         file.unlink()
     (folder / name).write_bytes(pickle.dumps(Payload(tmp_path / "executed")))
     with pytest.raises(SystemExit, match=message) as stop:
-        model.load_clip(str(folder)) if part == "vit" else model.load_diffusion(str(folder), "", torch.float32, "cpu")
+        load(folder)
     assert "\n" not in stop.value.code and not (tmp_path / "executed").exists()
 
 
@@ -1598,19 +1603,15 @@ def test_no_weights_execute_anything(models, tmp_path, part, name, message):
     ],
 )
 def test_half_a_folder_is_refused(models, tmp_path, part, remove, message):
-    import shutil
-
     folder = shutil.copytree(models / part, tmp_path / part)
     (folder / remove).unlink()
     with pytest.raises(SystemExit, match=message) as stop:
-        model.load_clip(str(folder)) if part == "vit" else model.load_diffusion(str(folder), "", torch.float32, "cpu")
+        load(folder)
     assert "\n" not in stop.value.code
 
 
 @pytest.mark.parametrize("part", ["clip", "unet"])
 def test_weights_of_another_architecture_are_refused(models, tmp_path, part):
-    import shutil
-
     name, key = ("vit", "open_clip_config.json") if part == "clip" else ("epsilon", "unet/config.json")
     folder = shutil.copytree(models / name, tmp_path / name)
     config = json.loads((folder / key).read_text())
@@ -1620,7 +1621,7 @@ def test_weights_of_another_architecture_are_refused(models, tmp_path, part):
         config["block_out_channels"] = [16, 16]
     (folder / key).write_text(json.dumps(config))
     with pytest.raises(SystemExit, match=f"{name} could not be loaded: ") as stop:
-        model.load_clip(str(folder)) if name == "vit" else model.load_diffusion(str(folder), "", torch.float32, "cpu")
+        load(folder)
     assert "\n" not in stop.value.code
 
 

@@ -288,13 +288,9 @@ class Log:
         now = time.perf_counter()
         speed, self.time = self.args.batch_size / (now - self.time), now
         self.smooth = loss if self.smooth is None else 0.95 * self.smooth + 0.05 * loss
-        if torch.cuda.is_available():
-            memory = torch.cuda.max_memory_allocated()
-        else:  # the most this process has held, which Linux counts in KiB and macOS in bytes
-            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         if self.first:
             line = dict(step=step, loss=loss, grad_norm=grad_norm, lr=lr, images_per_second=round(speed, 3))
-            line |= dict(peak_memory_gib=round(memory / 2**30, 3), unreadable=self.unreadable)
+            line |= dict(peak_memory_gib=round(peak_memory() / 2**30, 3), unreadable=self.unreadable)
             line |= dict(passed_over=names) if names else {}
             with open(self.path, "a") as file:
                 file.write(json.dumps(line) + "\n")
@@ -329,6 +325,13 @@ class Log:
             raise Stopped(f"{name}: stopped after {step} steps, saved in {out}; the same command goes on", int(number))
 
 
+def peak_memory() -> int:
+    """The most that this process has held so far, in bytes: on its GPU, or without one in main memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # Linux: KiB
+
+
 def everyone(mine) -> list:
     """A value of each process, in all of them."""
     values = [None] * PROCESSES
@@ -344,7 +347,7 @@ def check_out(args: argparse.Namespace) -> dict:
     state = None if args.overwrite else read_state(Path(args.out) / "checkpoint")
     here = json.loads(json.dumps(vars(args)))
     if state is None:
-        return dict(step=0, unreadable=0, images=None)
+        return dict(step=0, unreadable=0)
     found = state["args"]
     what = [f"{k} {found.get(k)!r} there, {here[k]!r} here" for k in here if k not in FREE and found.get(k) != here[k]]
     if what:
@@ -383,7 +386,7 @@ def train(args: argparse.Namespace) -> None:
     state = check_out(args)
     files = open_images(args.data, progress=first)
     total, first_step = len(files or ()), state["step"]
-    if state["images"] not in (None, total):
+    if first_step and state["images"] != total:
         raise SystemExit(f"{out}: its run has {state['images']} images, --data now {total}; bring them back to go on")
     pairs = evaluate_mmvp.read_mmvp(args.mmvp) if args.mmvp else None
     if first:
@@ -416,7 +419,7 @@ def train(args: argparse.Namespace) -> None:
     dist.barrier()
     if args.projection == "fitted":
         start_fitted(encoder, clip, args.diffusion, TrainingImages(files, size, 64, args.seed), device)
-    if state["images"] is not None:
+    if first_step:
         load_checkpoint(out / "checkpoint", encoder, optimizer)
     ddp = DistributedDataParallel(encoder, gradient_as_bucket_view=True)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import resource
 import statistics
 import sys
 import time
@@ -30,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from condition import VisualCondition, count_patches
 from data import TrainingImages, read_batches, to_device
 from model import load_clip, load_diffusion, one_sentence, parse_recap
-from train import at_least, check_join, denoising_loss, draw, parse_args
+from train import at_least, check_join, denoising_loss, draw, parse_args, peak_memory
 
 WARM_UP = 2  # steps
 
@@ -208,11 +207,8 @@ def main(argv: list[str] | None = None) -> None:
         seconds = measure(step, own.steps)
     except torch.OutOfMemoryError:
         raise SystemExit(f"--micro-batch {args.micro_batch}: does not fit into the memory of this GPU") from None
-    if device.type == "cuda":
-        memory, name = torch.cuda.max_memory_allocated(), torch.cuda.get_device_name()
-    else:  # the most this process has held, which Linux counts in KiB and macOS in bytes
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        name = f"CPU with {torch.get_num_threads()} threads"
+    memory = peak_memory()  # of the steps alone
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU with {torch.get_num_threads()} threads"
     limit = ceiling(device, step.diffusion.unet.dtype)
     step.to_meta()
     work, floor = executed_work(step), floor_work(step)
