@@ -223,12 +223,17 @@ def table(names: list[str], cosines: list[np.ndarray], pairs: list[Pair], recipe
     rows = [*type_names(types), "average"]
     first = max(len(row) for row in (*rows, "95% interval"))
     widths = [max(len(h), len(i), 5) for h, i in zip(head, intervals)]
-    lines = ["  ".join(["".ljust(first), *(h.rjust(w) for h, w in zip(head, widths))])]
-    for r, row in enumerate(rows):
-        lines.append("  ".join([row.ljust(first), *(f"{c[r]:.1f}".rjust(w) for c, w in zip(columns, widths))]))
-    lines.insert(-1, "-" * len(lines[0]))
-    lines.append("  ".join(["95% interval".ljust(first), *(i.rjust(w) for i, w in zip(intervals, widths))]))
-    return "\n".join([*(f"{k}: {name}" for k, name in enumerate(names, start=1)), "", *lines])
+    blocks = []
+    for start in range(0, len(head), 6):  # columns that fit a terminal
+        part = slice(start, start + 6)
+        lines = ["".ljust(first) + "".join("  " + h.rjust(w) for h, w in zip(head[part], widths[part]))]
+        for r, row in enumerate(rows):
+            scores = (f"{column[r]:.1f}".rjust(w) for column, w in zip(columns[part], widths[part]))
+            lines.append("  ".join([row.ljust(first), *scores]))
+        lines.insert(-1, "-" * len(lines[0]))
+        ends = (i.rjust(w) for i, w in zip(intervals[part], widths[part]))
+        blocks.append("\n".join([*lines, "  ".join(["95% interval".ljust(first), *ends])]))
+    return "\n\n".join(["\n".join(f"{k}: {name}" for k, name in enumerate(names, start=1)), *blocks])
 
 
 def change(before: np.ndarray, after: np.ndarray, pairs: list[Pair]) -> list[dict]:
@@ -282,10 +287,10 @@ def save_scores(folder: str | os.PathLike, names: list[str], cosines: list[np.nd
 
 
 def report(names: list[str], cosines: list[np.ndarray], pairs: list[Pair], recipes: list[str | None]) -> str:
-    """The table, for two CLIPs the change from the first to the second, and what the paper reports for the recipe."""
+    """The table, the change from the first CLIP to each other one, and what the paper reports for the recipe."""
     parts = [table(names, cosines, pairs, recipes)]
-    if len(cosines) == 2:
-        parts.append("change from 1 to 2:\n" + change_lines(change(cosines[0], cosines[1], pairs)))
+    for k, other in enumerate(cosines[1:], start=2):
+        parts.append(f"change from 1 to {k}:\n" + change_lines(change(cosines[0], other, pairs)))
     for recipe in dict.fromkeys(r for r in recipes if r in BASELINES and type_names([p.type for p in pairs]) == TYPES):
         parts.append("the paper (Table 1), {}: {:.1f} → {:.1f}".format(recipe, *RECIPES[recipe].published))
     return "\n\n".join(parts)
