@@ -112,7 +112,7 @@ class VisualCondition(nn.Module):
         torch.manual_seed(seed)
         self.visual = clip.model.visual
         self.projection = nn.Linear(clip.config["embed_dim"], diffusion.text.shape[-1])  # D → W
-        self.window, self.join = recap.window, join
+        self.count, self.window, self.join = recap.count, recap.window, join
 
     def forward(self, images: torch.Tensor, text: torch.Tensor, patches: torch.Tensor | None = None) -> torch.Tensor:
         """Images for CLIP (B, 3, s, s), text (1, L, W), patches (B, N, K) or None → condition c (B, N, 1 + K, W)."""

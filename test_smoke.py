@@ -17,6 +17,7 @@ import json
 import math
 import multiprocessing
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -24,6 +25,7 @@ import sys
 import tarfile
 import time
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -769,8 +771,8 @@ def test_bf16_runs_theta_under_autocast_and_phi_in_bf16(models, tmp_path, monkey
     seen = {}
     load_clip, load_diffusion = train.load_clip, train.load_diffusion
 
-    def watched_clip(*args):
-        clip = seen["clip"] = load_clip(*args)
+    def watched_clip(*args, **options):
+        clip = seen["clip"] = load_clip(*args, **options)
         clip.model.visual.transformer.register_forward_hook(lambda *a: seen.update(tower=a[-1]))
         clip.model.visual.transformer.resblocks[0].mlp.c_fc.register_forward_hook(
             lambda *a: seen.update(mlp=a[-1].dtype)
@@ -834,6 +836,55 @@ STEPS = ["--steps", "5", "--save-every", "2"]
 def whole(models, tmp_path_factory) -> Path:
     """A run that nothing has stopped."""
     return run(models, tmp_path_factory.mktemp("whole"), *STEPS)
+
+
+def test_a_run_says_what_it_is_about_to_do(models, tmp_path, capfd):
+    out = run(models, tmp_path / "run", "--steps", "5", "--micro-batch", "2")
+    said = capfd.readouterr()
+    counts = Counter()
+    for name, tensor in weights(out).items():
+        counts[name.split(".")[0]] += tensor.numel()
+    assert [line[:12].rstrip() for line in said.out.splitlines()[:7]] == [
+        *("recipe", "CLIP θ", "diffusion φ", "condition", "images", "steps", "writes")
+    ]
+    tower, linear = (float(n) * 1e6 for n in re.findall(r"([\d.e-]+) M ", said.out))
+    assert tower == pytest.approx(counts["visual"], rel=1e-3) and linear == pytest.approx(
+        counts["projection"], rel=0.01
+    )
+    assert "condition    9 tokens, recap random:50%, text '' by mean\nimages       1,000,000 at 32²" in said.out
+    assert "0 to 5, lr 0.1, batch 4 = 1 process × micro-batch 2 × 2 accumulated" in said.out
+    assert len(re.findall(r"at [\d.]+ images/s the steps to come take 00:0\d\n", said.err)) == 1
+
+
+@pytest.mark.parametrize("name", ["vit", "siglip"])
+def test_grad_checkpointing_keeps_less_and_changes_nothing(models, name):
+    """The same weights after two steps, to the last bit; what a step keeps for its backward pass is less."""
+    kept, ends = [], []
+    for more in ([], ["--grad-checkpointing"]):
+        args = train.parse_args(
+            [*arguments(models, "unused", "--recap", "pool:5"), "--clip", f"{models}/{name}", *more]
+        )
+        step = bench.Step(args, torch.device("cpu"))
+        sizes = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x: sizes.update({x.data_ptr(): x.nbytes}) or x, lambda x: x
+        ):
+            step()
+        step()
+        kept.append(sum(sizes.values()))
+        ends.append(step.encoder.state_dict())
+    assert kept[1] < 0.7 * kept[0]
+    assert all(torch.equal(v, ends[1][k]) for k, v in ends[0].items())
+
+
+@pytest.mark.slow
+def test_a_compiled_run_has_the_same_losses(models, tmp_path, whole):
+    """Within 1e-5 in fp32: another order of the same sums."""
+    compiled = run(models, tmp_path / "compiled", *STEPS, "--compile")
+    for a, b in zip(*([json.loads(x) for x in (out / "metrics.jsonl").open()] for out in (whole, compiled))):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5) and b["grad_norm"] == pytest.approx(
+            a["grad_norm"], rel=1e-4
+        )
 
 
 @pytest.mark.parametrize("saves", [1, 3])

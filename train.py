@@ -32,18 +32,34 @@ from model import save_checkpoint, save_clip, synchronise
 
 PROCESSES = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1  # torchrun says how many there are
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # what clusters and people send to end a run
-FREE = ("micro_batch", "save_every", "mmvp", "out", "workers", "overwrite")  # may differ when a run goes on
+FREE = {"micro_batch", "compile", "grad_checkpointing", "save_every", "mmvp", "out", "workers", "overwrite"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter):
+EXAMPLES = """
+examples:
+  torchrun train.py                              the miniature: all of it, in half a minute on a CPU
+  torchrun --nproc_per_node 8 train.py --recipe openai-vit-l-14-224 --data 'cc3m/*.tar' --mmvp MMVP/MMVP_VLM
+  python train.py --recipe openai-vit-l-14-224 --data photos --clip ViT-B-16:openai --recap random:30% --join mean
+
+The same command again goes on where a run has stopped. Recipes, and the CLIP of each:
+
+"""
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
     """Says the default of every option that has one; the others' texts say what holds where they are not given."""
 
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=32)
+
     def _get_help_string(self, action: argparse.Action) -> str:
-        return action.help if str(action.default) in ("None", "False", "") else super()._get_help_string(action)
+        value = " ".join(action.default) if isinstance(action.default, tuple) else str(action.default)
+        has_one = value not in ("None", "False", "", argparse.SUPPRESS)
+        return action.help + f" (default: {value})".replace("%", "%%") * has_one
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -56,8 +72,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         raise SystemExit(f"--recipe {name}: no such recipe; there are {', '.join(RECIPES)}")
 
     parser = argparse.ArgumentParser(
+        usage="train.py [--recipe NAME] [--data PATH ...] [--mmvp PATH] [--out DIR] [options]",
         description="Post-train a CLIP with the feedback of a frozen diffusion model, on images only.",
-        epilog="Recipes: " + ", ".join(RECIPES) + ".",
+        epilog=EXAMPLES + "\n".join(f"  {name:23} {row.clip}" for name, row in RECIPES.items()),
         formatter_class=Help,
         parents=[start],
         allow_abbrev=False,
@@ -65,7 +82,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.error = sys.exit  # a sentence, without the usage in front of it
     count, number = dict(type=at_least(1, int), metavar="N"), dict(type=at_least(0, float), metavar="X")
     add = parser.add_argument_group("the run").add_argument
-    add("--data", help="a folder of images, shards, globs of shards, or `synthetic`; needed", nargs="+", metavar="PATH")
+    add("--data", help="a folder of images, shards or globs of them, or `synthetic`", nargs="+", metavar="PATH")
     add("--mmvp", help="score before and after on MMVP-VLM: a folder, or the hub's MMVP/MMVP_VLM", metavar="PATH")
     add("--out", help="where everything is written", default=f"runs/{name}", metavar="DIR")
     add("--overwrite", help="start anew where OUT holds a run, instead of resuming it", action="store_true")
@@ -92,6 +109,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--precision", help="of the computation; if not given, bf16 on CUDA, else fp32", choices=("bf16", "fp32"))
     add("--workers", help="processes that read images; if not given, up to 8", type=at_least(0, int), metavar="N")
     add("--save-every", help="steps between two saves", **count)
+    add("--compile", help="compile CLIP, the VAE and the U-Net: minutes at the start", action="store_true")
+    add("--grad-checkpointing", help="compute activations again in the backward pass: less memory", action="store_true")
     add("--random-weights", help="no download: untrained architectures, a random text embedding", action="store_true")
     parser.set_defaults(**{k: v for k, v in vars(RECIPES[name]).items() if k not in ("patches", "published")})
     args = parser.parse_args(argv)
@@ -122,6 +141,8 @@ def check_args(args: argparse.Namespace) -> None:
     recap = parse_recap(args.recap, RECIPES[known].patches if known else 10**9)  # how many there are shows when loaded
     if known and not os.path.isdir(args.diffusion):
         check_join(args.join, 1 + recap.count, 77)  # every Stable Diffusion 1.x and 2.x reads 77 positions of text
+    if args.image_size and args.image_size % 8 and not os.path.isdir(args.diffusion):  # and has latents of an eighth
+        raise SystemExit(f"--image-size {args.image_size}: must be a multiple of 8")
     at_once = args.micro_batch * PROCESSES
     if args.batch_size % at_once:
         raise SystemExit(
@@ -235,6 +256,34 @@ def start_processes() -> torch.device:
     return device
 
 
+def build(args: argparse.Namespace, device: torch.device, files) -> tuple:
+    """A Clip (θ), a Diffusion (φ), the VisualCondition that is trained, and the TrainingImages of `files` with all that
+    is drawn for each. SystemExit: `args` ask for what does not fit together; a recap, before weights are read.
+    """
+    if known := recipe_of(args.clip):
+        patches = RECIPES[known].patches
+    else:
+        patches = count_patches(load_clip(args.clip, random_weights=True, device="meta").model.visual)
+    recap = parse_recap(args.recap, patches)
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    clip = load_clip(args.clip, args.random_weights, str(device))
+    diffusion = load_diffusion(args.diffusion, args.text, dtype, device, args.random_weights)
+    check_join(args.join, 1 + recap.count, diffusion.text.shape[1])
+    encoder = VisualCondition(clip, diffusion, recap, args.join, args.seed).to(device)
+    encoder.projection.requires_grad_(not args.freeze_projection)
+    if args.grad_checkpointing:
+        clip.model.visual.set_grad_checkpointing()
+        diffusion.unet.enable_gradient_checkpointing()
+    if args.compile:
+        for module in (encoder, diffusion.vae.encoder, diffusion.unet):
+            module.compile()
+    size = args.image_size or diffusion.image_size
+    shape = (args.states, *diffusion.latent_shape(size))  # (N, 4, h, w)
+    steps = len(diffusion.alphas_cumprod)  # T
+    draws = functools.partial(draw, shape=shape, num_timesteps=steps, num_patches=patches, recap=recap)
+    return clip, diffusion, encoder, TrainingImages(files, size, args.batch_size, args.seed, draws)
+
+
 @torch.no_grad()
 def start_fitted(encoder: VisualCondition, clip: Clip, diffusion: str, dataset: TrainingImages, device) -> None:
     """Starts the linear layer by `fit_projection`; 64 images give the visual tokens' mean and spread."""
@@ -244,19 +293,44 @@ def start_fitted(encoder: VisualCondition, clip: Clip, diffusion: str, dataset: 
     fit_projection(encoder.projection, *embed_phrases(clip, diffusion), tokens)
 
 
+def plan(args, first_step: int, clip: Clip, encoder: VisualCondition, dataset: TrainingImages, device) -> str:
+    """What a run is about to do, in a few lines."""
+    tower, linear = (
+        sum(p.numel() for p in module.parameters() if p.requires_grad) / 1e6
+        for module in (encoder.visual, encoder.projection)
+    )
+    lines = {
+        "recipe": f"{args.recipe}, seed {args.seed}{', random weights' * args.random_weights}",
+        "CLIP θ": f"{args.clip}, {clip.image_size}²; trains {tower:.4g} M parameters of its vision tower "
+        f"and {linear:.3g} M of the linear layer",
+        "diffusion φ": f"{args.diffusion}, frozen, {args.precision} on {device.type}",
+        "condition": f"{1 + encoder.count} tokens, recap {args.recap}, text {args.text!r} by {args.join}",
+        "images": f"{len(dataset):,} at {dataset.size}², {args.states} noisy states each",
+        "steps": f"{first_step:,} to {args.steps:,}, lr {args.lr:g}, batch {args.batch_size} = "
+        f"{PROCESSES} process{'es' * (PROCESSES > 1)} × micro-batch {args.micro_batch} "
+        f"× {args.batch_size // (args.micro_batch * PROCESSES)} accumulated",
+        "writes": args.out,
+    }
+    return "\n".join(f"{name:12} {text}" for name, text in lines.items())
+
+
 class Log:
     """The bar and metrics.jsonl, both of the first process, and the three reasons to stop a run."""
 
     def __init__(self, args: argparse.Namespace, first_step: int, unreadable: int):
         self.args, self.first, self.unreadable = args, dist.get_rank() == 0, unreadable
-        self.names, self.smooth, self.signal = [], None, 0
+        self.names, self.smooth, self.signal, self.settled = [], None, 0, first_step + 3
         self.handlers = [signal.signal(number, self.note_signal) for number in SIGNALS]
         self.path = Path(args.out) / "metrics.jsonl"
         if self.first and self.path.exists():  # a resumed run: the lines after its checkpoint come again
             part = self.path.with_suffix(".part")
             part.write_bytes(b"".join(self.path.read_bytes().splitlines(True)[:first_step]))
             part.replace(self.path)
-        self.bar = tqdm(total=args.steps, initial=first_step, unit="step", dynamic_ncols=True, disable=not self.first)
+        every = 0.5 if sys.stderr.isatty() else 30  # seconds: a log file needs no more
+        self.bar = tqdm(
+            total=args.steps, initial=first_step, unit="step", mininterval=every, dynamic_ncols=True,
+            disable=not self.first,
+        )
         self.time = time.perf_counter()
 
     def step(self, step: int, losses: list, unreadable: list[str], grad_norm: torch.Tensor, lr: float) -> None:
@@ -296,6 +370,9 @@ class Log:
                 file.write(json.dumps(line) + "\n")
         self.bar.set_postfix_str(f"smoothed loss {self.smooth:.4f}, {speed:.3g} images/s, lr {lr:.1e}", refresh=False)
         self.bar.update()
+        if step == self.settled and self.first:  # a step now takes what it takes
+            left = (self.args.steps - step - 1) * self.args.batch_size / speed
+            tqdm.write(f"at {speed:.3g} images/s the steps to come take {tqdm.format_interval(left)}", file=sys.stderr)
 
     def close(self) -> None:
         """Ends the bar, and gives signals their usual meaning back."""
@@ -349,7 +426,8 @@ def check_out(args: argparse.Namespace) -> dict:
     if state is None:
         return dict(step=0, unreadable=0)
     found = state["args"]
-    what = [f"{k} {found.get(k)!r} there, {here[k]!r} here" for k in here if k not in FREE and found.get(k) != here[k]]
+    bound = [k for k in here if k not in FREE and found.get(k) != here[k]]  # FREE: may change when a run goes on
+    what = [f"{k} {found.get(k)!r} there, {here[k]!r} here" for k in bound]
     if what:
         raise SystemExit(f"{args.out}: holds another run ({'; '.join(what)}); name another --out or --overwrite")
     return state
@@ -380,7 +458,6 @@ def train(args: argparse.Namespace) -> None:
     device = start_processes()
     first, out = dist.get_rank() == 0, Path(args.out)
     args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
-    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     if not first:
         dist.barrier()  # until the first process has checked and indexed what the others then find
     state = check_out(args)
@@ -397,38 +474,24 @@ def train(args: argparse.Namespace) -> None:
         dist.destroy_process_group()
         return
 
-    # θ and φ
-    clip = load_clip(args.clip, args.random_weights)
-    patches = count_patches(clip.model.visual)
-    recap = parse_recap(args.recap, patches)
-    diffusion = load_diffusion(args.diffusion, args.text, dtype, device, args.random_weights)
-    check_join(args.join, 1 + recap.count, diffusion.text.shape[1])
-    size = args.image_size or diffusion.image_size
-    shape = (args.states, *diffusion.latent_shape(size))
-    clip.model.to(device)
-    encoder = VisualCondition(clip, diffusion, recap, args.join, args.seed).to(device)
-    encoder.projection.requires_grad_(not args.freeze_projection)
+    clip, diffusion, encoder, dataset = build(args, device, files)
     parameters = [p for p in encoder.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=args.lr, momentum=args.momentum)
     if first:
+        print(plan(args, first_step, clip, encoder, dataset, device), flush=True)
         if pairs:
             recipe = None if args.random_weights else recipe_of(args.clip)  # whose published scores stand beside ours
             before = evaluate_mmvp.similarities(clip, pairs, device)
-            print(evaluate_mmvp.report([f"{args.clip}, before"], [before], pairs, [recipe]), flush=True)
+            print(f"\n{evaluate_mmvp.report([f'{args.clip}, before'], [before], pairs, [recipe])}\n", flush=True)
         open_out(args)
     dist.barrier()
     if args.projection == "fitted":
-        start_fitted(encoder, clip, args.diffusion, TrainingImages(files, size, 64, args.seed), device)
+        start_fitted(encoder, clip, args.diffusion, TrainingImages(files, dataset.size, 64, args.seed), device)
     if first_step:
         load_checkpoint(out / "checkpoint", encoder, optimizer)
     ddp = DistributedDataParallel(encoder, gradient_as_bucket_view=True)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
-    # The images, with all that is drawn for each
-    draws = functools.partial(
-        draw, shape=shape, num_timesteps=len(diffusion.alphas_cumprod), num_patches=patches, recap=recap
-    )
-    dataset = TrainingImages(files, size, args.batch_size, args.seed, draws)
     if len(set(everyone((first_step, len(dataset))))) > 1:
         raise SystemExit("steps taken or images differ between processes; all need the same --out and --data")
     keys = functools.partial(
@@ -437,15 +500,6 @@ def train(args: argparse.Namespace) -> None:
     if args.workers is None:
         args.workers = min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     accumulation = args.batch_size // (args.micro_batch * PROCESSES)
-    if first:
-        print(
-            f"{args.clip} learns from {args.diffusion}{', both with random weights' * args.random_weights}\n"
-            f"{len(dataset):,} images at {size}², recap {args.recap} ({1 + recap.count} tokens), N = {args.states}, "
-            f"{args.precision} on {device.type}\nsteps {first_step} to {args.steps}, batch {args.batch_size} = "
-            f"{PROCESSES} processes × micro-batch {args.micro_batch} × {accumulation} accumulated; writing to {out}",
-            flush=True,
-        )
-
     log = Log(args, first_step, state["unreadable"])
     batches = read_batches(dataset, keys, args.workers)
 

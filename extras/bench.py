@@ -26,10 +26,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from condition import VisualCondition, count_patches
-from data import TrainingImages, read_batches, to_device
-from model import load_clip, load_diffusion, one_sentence, parse_recap
-from train import at_least, check_join, denoising_loss, draw, parse_args, peak_memory
+from data import read_batches, to_device
+from model import one_sentence
+from train import at_least, build, denoising_loss, parse_args, peak_memory
 
 WARM_UP = 2  # steps
 
@@ -42,25 +41,12 @@ class Step:
 
     def __init__(self, args: argparse.Namespace, device: torch.device):
         self.args, self.device = args, device
-        dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-        self.clip = load_clip(args.clip, args.random_weights, str(device))
-        patches = count_patches(self.clip.model.visual)
-        self.recap = parse_recap(args.recap, patches)
-        self.diffusion = load_diffusion(args.diffusion, args.text, dtype, device, args.random_weights)
-        check_join(args.join, 1 + self.recap.count, self.diffusion.text.shape[1])
-        self.size = args.image_size or self.diffusion.image_size
-        shape = (args.states, *self.diffusion.latent_shape(self.size))  # (N, 4, h, w)
-        self.encoder = VisualCondition(self.clip, self.diffusion, self.recap, args.join, args.seed).to(device)
-        self.encoder.projection.requires_grad_(not args.freeze_projection)
+        self.clip, self.diffusion, self.encoder, self.images = build(args, device, files=None)
         self.parameters = [p for p in self.encoder.parameters() if p.requires_grad]
         self.optimizer = torch.optim.SGD(self.parameters, lr=args.lr, momentum=args.momentum)
         kind = "cuda" if device.type == "cuda" else "cpu"  # there is no autocast for meta
         self.autocast = torch.autocast(kind, torch.bfloat16, enabled=args.precision == "bf16")
-        draws = partial(
-            draw, shape=shape, num_timesteps=len(self.diffusion.alphas_cumprod), num_patches=patches, recap=self.recap
-        )
-        images = TrainingImages(None, self.size, args.micro_batch, args.seed, draws)
-        self.batch = next(read_batches(images, lambda: [[(0, i) for i in range(args.micro_batch)]], workers=0))
+        self.batch = next(read_batches(self.images, lambda: [[(0, i) for i in range(args.micro_batch)]], workers=0))
 
     def __call__(self, mark: Callable[[str], None] = lambda part: None) -> None:
         """One step, as in `train.train`; `mark` is told the name of each part when it ends."""
@@ -80,12 +66,6 @@ class Step:
         self.optimizer.step()
         self.optimizer.zero_grad()
         mark("optimizer")
-
-    def to_meta(self) -> None:
-        """Leaves shapes alone: a step then does no work, and its work can be counted."""
-        self.device, self.encoder = torch.device("meta"), self.encoder.to("meta")
-        for name in ("vae", "unet", "text", "alphas_cumprod"):
-            setattr(self.diffusion, name, getattr(self.diffusion, name).to("meta"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -108,10 +88,10 @@ def floor_work(step: Step) -> dict[str, float]:
     attention, and none before the first layer that reads the condition: what is there depends on z_t and t alone.
     """
     vae, unet, meta = step.diffusion.vae, step.diffusion.unet, partial(torch.empty, device="meta")
-    latents = meta(1, *step.diffusion.latent_shape(step.size), dtype=unet.dtype)
-    condition = meta(1, 1 + step.recap.count, unet.config.cross_attention_dim, dtype=unet.dtype)
+    latents = meta(1, *step.diffusion.latent_shape(step.images.size), dtype=unet.dtype)
+    condition = meta(1, 1 + step.encoder.count, unet.config.cross_attention_dim, dtype=unet.dtype)
     readers = [module.to_k for name, module in unet.named_modules() if name.endswith(".attn2")]
-    image, _ = forward_work(vae.encode, meta(1, 3, step.size, step.size, dtype=vae.dtype))
+    image, _ = forward_work(vae.encode, meta(1, 3, step.images.size, step.images.size, dtype=vae.dtype))
     tower, _ = forward_work(step.encoder.visual, meta(1, 3, step.clip.image_size, step.clip.image_size))
     state, behind = forward_work(unet, latents, meta(1, dtype=torch.int64), condition, since=readers)
     pixels, attention = tower["convolution"], behind["bmm"]  # of a batch of one, layers are never bmm
@@ -210,14 +190,15 @@ def main(argv: list[str] | None = None) -> None:
     memory = peak_memory()  # of the steps alone
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU with {torch.get_num_threads()} threads"
     limit = ceiling(device, step.diffusion.unet.dtype)
-    step.to_meta()
+    args.compile = False  # the counter does not see into compiled kernels
+    step = Step(args, torch.device("meta"))
     work, floor = executed_work(step), floor_work(step)
     ms = {part: 1000 * s / args.micro_batch for part, s in seconds.items()}
     work["total"], floor["total"] = sum(work.values()), sum(floor.values())
     speed = 1000 * work["total"] / ms["total"]
     figures = dict(
-        recipe=args.recipe, clip=args.clip, diffusion=args.diffusion, image_size=step.size, states=args.states,
-        tokens=1 + step.recap.count, device=name, torch=torch.__version__, precision=args.precision,
+        recipe=args.recipe, clip=args.clip, diffusion=args.diffusion, image_size=step.images.size, states=args.states,
+        tokens=1 + step.encoder.count, device=name, torch=torch.__version__, precision=args.precision,
         micro_batch=args.micro_batch, steps=own.steps, images_per_second=1000 / ms["total"],
         peak_memory_gib=memory / 2**30, ms_per_image=ms, tflop_per_image=work,
         floor_tflop_per_image=floor, executed_over_floor=work["total"] / floor["total"], tflop_per_second=speed,
