@@ -856,6 +856,24 @@ def test_a_run_says_what_it_is_about_to_do(models, tmp_path, capfd):
     assert len(re.findall(r"at [\d.]+ images/s the steps to come take 00:0\d\n", said.err)) == 1
 
 
+def test_gradients_are_averaged_once_a_step(models, tmp_path, monkeypatch):
+    """DDP communicates in three backward passes of twelve."""
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+    calls = []
+
+    class Watched(train.DistributedDataParallel):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            self.register_comm_hook(
+                None, lambda _, bucket: calls.append(bucket.index()) or allreduce_hook(None, bucket)
+            )
+
+    monkeypatch.setattr(train, "DistributedDataParallel", Watched)
+    run(models, tmp_path / "run", "--micro-batch", "1")
+    assert calls.count(0) == 3
+
+
 @pytest.mark.parametrize("name", ["vit", "siglip"])
 def test_grad_checkpointing_keeps_less_and_changes_nothing(models, name):
     """The same weights after two steps, to the last bit; what a step keeps for its backward pass is less."""
@@ -1456,7 +1474,10 @@ def test_a_few_steps_let_the_class_token_say_more_than_the_empty_text(teacher, t
     ],
 )
 def test_nothing_is_computed_twice(name, tokens, clip):
-    """The work of a full-size step beside its floor, and that beside TFLOP counted before this code was written."""
+    """The work of a full-size step beside its floor, and that beside TFLOP counted before this code was written.
+
+    On the meta device there is nothing to read back, so a step that runs there never waits for its device.
+    """
     args = ["--recipe", name, "--random-weights", "--data", "synthetic", "--micro-batch", "2", "--batch-size", "2"]
     with NoInit():
         step = bench.Step(train.parse_args([*args, "--precision", "bf16"]), torch.device("meta"))
@@ -1485,7 +1506,7 @@ def test_the_benchmark_measures_a_step(models, tmp_path, capsys):
         assert 0 < f["share_of_ceiling"] < 1 and 0.1 < f["peak_memory_gib"] < 10
         assert 0.99 < f["executed_over_floor"] == pytest.approx(work["total"] / floor["total"])
         assert (f["states"], f["micro_batch"], f["image_size"], f["tokens"]) == (states, 4, 32, 9)
-        assert f"images_per_second         {f['images_per_second']:.4g}\n" in capsys.readouterr().out
+        assert f"images_per_second               {f['images_per_second']:.4g}\n" in capsys.readouterr().out
     more = figures[4]["tflop_per_image"]["total"] - figures[2]["tflop_per_image"]["total"]
     assert more == pytest.approx(figures[2]["floor_tflop_per_image"]["U-Net"], rel=0.05)  # two more states
     assert not (tmp_path / "run").exists()

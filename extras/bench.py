@@ -1,7 +1,7 @@
 """What a training step costs, and how near that is to the least work it needs and to what the device can do.
 
     python extras/bench.py --recipe openai-vit-l-14-224 --micro-batch 32 --json l14.json
-    python extras/bench.py --steps 3  # the miniature
+    python extras/bench.py --steps 3 --data 'cc3m/*.tar'  # the miniature, and what reading these images costs
 
 The step is train.py's, on one device, with random weights and synthetic images: one micro-batch and an optimizer step,
 which a run that accumulates takes less often. Its work is counted on torch's meta device, without being done, with
@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from data import read_batches, to_device
+from data import TrainingImages, open_images, read_batches, to_device
 from model import one_sentence
 from train import at_least, build, denoising_loss, parse_args, peak_memory
 
@@ -161,6 +161,14 @@ def ceiling(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 * products / statistics.median(seconds[1:]) / 1e12
 
 
+def reading_speed(images: TrainingImages, count: int = 200) -> float:
+    """Images per second that one core reads, decodes, crops and draws for."""
+    start = time.process_time()
+    for position in range(count):
+        images[0, position]
+    return count / (time.process_time() - start)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 
@@ -173,12 +181,14 @@ def main(argv: list[str] | None = None) -> None:
     count = dict(type=at_least(1, int), metavar="N")
     parser.add_argument("--micro-batch", help="images per step; if not given, the recipe's micro-batch", **count)
     parser.add_argument("--steps", help="to time; as many again time the parts", default=10, **count)
+    parser.add_argument("--data", help="images whose reading is timed, as for train.py", nargs="+", metavar="PATH")
     parser.add_argument("--json", help="a file for the figures", type=Path, metavar="FILE")
     own, rest = parser.parse_known_args(argv)
     batch = ["--micro-batch", f"{own.micro_batch}", "--batch-size", f"{own.micro_batch}"] if own.micro_batch else []
-    args = parse_args([*rest, *batch, "--data", "synthetic", "--random-weights"])
+    args = parse_args([*rest, *batch, "--data", *(own.data or ["synthetic"]), "--random-weights"])
     if own.json and not own.json.parent.is_dir():
         raise SystemExit(f"--json {own.json}: there is no folder {own.json.parent}")
+    files = open_images(args.data)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
 
@@ -204,12 +214,15 @@ def main(argv: list[str] | None = None) -> None:
         floor_tflop_per_image=floor, executed_over_floor=work["total"] / floor["total"], tflop_per_second=speed,
         ceiling_tflop_per_second=limit, share_of_ceiling=speed / limit,
     )
+    if files:
+        step.images.files = files
+        figures["images_read_per_second_and_core"] = reading_speed(step.images)
     if own.json:
         own.json.write_text(json.dumps(figures, indent=2) + "\n")
 
     for key, value in figures.items():
         if not isinstance(value, dict):
-            print(f"{key:26}{f'{value:.4g}' if isinstance(value, float) else value}")
+            print(f"{key:32}{f'{value:.4g}' if isinstance(value, float) else value}")
     print("\nper image            ms      TFLOP    TFLOP/s")
     for part in ms:
         print(f"{part:13} {ms[part]:9.4g}  {work[part]:9.4g}  {1000 * work[part] / ms[part]:9.4g}")
