@@ -40,6 +40,7 @@ import bench
 import condition
 import data
 import evaluate_mmvp
+import extras.log
 import make
 import model
 import train
@@ -181,9 +182,9 @@ def run(models: Path, out: Path, *more: str) -> Path:
 @pytest.fixture(autouse=True)
 def nothing_is_left():
     """A run that was refused or stopped ends its process, with its group and its handlers; here the process goes on."""
-    handlers = [signal.getsignal(number) for number in train.SIGNALS]
+    handlers = [signal.getsignal(number) for number in extras.log.SIGNALS]
     yield
-    for number, handler in zip(train.SIGNALS, handlers):
+    for number, handler in zip(extras.log.SIGNALS, handlers):
         signal.signal(number, handler)
     if train.dist.is_initialized():
         train.dist.destroy_process_group()

@@ -27,8 +27,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import TrainingImages, open_images, read_batches, to_device
+from extras.log import peak_memory
 from model import one_sentence
-from train import at_least, build, denoising_loss, parse_args, peak_memory
+from train import at_least, build, denoising_loss, parse_args
 
 WARM_UP = 2  # steps
 
