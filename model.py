@@ -461,8 +461,10 @@ def replaced_folder(folder: str | os.PathLike):
             folder.rename(old)
         new.rename(folder)
         synchronise(folder.parent)
-    except Exception as error:  # an OSError, or whatever safetensors and transformers make of it
+    except BaseException as error:  # an OSError, or whatever safetensors and transformers make of it
         shutil.rmtree(new, ignore_errors=True)
+        if not isinstance(error, Exception):  # the block's own sentence, or Ctrl-C
+            raise
         raise SystemExit(f"{folder} could not be written: {brief(error)}; what it held before is whole") from error
     shutil.rmtree(old, ignore_errors=True)
 
