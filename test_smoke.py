@@ -31,7 +31,9 @@ from pathlib import Path
 import numpy as np
 import open_clip
 import pytest
+import timm
 import torch
+import transformers
 from PIL import Image
 
 sys.path[:0] = [str(Path(__file__).parent / folder) for folder in ("miniature", "extras")]
@@ -40,6 +42,7 @@ import bench
 import condition
 import data
 import evaluate_mmvp
+import export
 import extras.log
 import make
 import model
@@ -73,10 +76,10 @@ def write_tokenizer(folder: Path, length: int) -> None:
     ).save_pretrained(folder)
 
 
-def write_clip(folder: Path, embed_dim: int, vision: dict, **more) -> Path:
+def write_clip(folder: Path, embed_dim: int, vision: dict, text: dict | None = None, **more) -> Path:
     """A CLIP as an open_clip folder, with random weights and preprocessing numbers of its own."""
-    text = dict(context_length=12, vocab_size=len(WORDS) + 4, width=24, heads=2, layers=1, hf_tokenizer_name="own")
-    config = dict(embed_dim=embed_dim, vision_cfg=vision, text_cfg=text, **more)
+    base = dict(context_length=12, vocab_size=len(WORDS) + 4, width=24, heads=2, layers=1, hf_tokenizer_name="own")
+    config = dict(embed_dim=embed_dim, vision_cfg=vision, text_cfg=base | (text or {}), **more)
     folder.mkdir()
     own = dict(mean=[0.4, 0.5, 0.6], std=[0.2, 0.25, 0.3], interpolation="bicubic", resize_mode="squash")
     (folder / "open_clip_config.json").write_text(json.dumps(dict(model_cfg=config, preprocess_cfg=own)))
@@ -1208,6 +1211,174 @@ def test_a_clip_without_its_tokenizer_is_saved_all_the_same(models, tmp_path):
     assert clip.no_tokenizer.startswith("the tokenizer of ViT-B-16-SigLIP could not be loaded: ")
     reloaded = open_clip.create_model(f"local-dir:{tmp_path}/clip")
     assert all(torch.equal(v, clip.model.state_dict()[k]) for k, v in reloaded.state_dict().items())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The exported CLIP: extras/export.py
+
+
+@timm.models.register_model
+def tiny_siglip(pretrained=False, **options):
+    """SigLIP's vision tower, made small: timm's own small ones have class tokens or registers."""
+    sizes = dict(img_size=18, patch_size=4, embed_dim=24, depth=2, num_heads=2, mlp_ratio=3.7)  # two pixels are cut off
+    return timm.models.VisionTransformer(num_classes=0, global_pool="map", class_token=False, **sizes)
+
+
+VIT = dict(image_size=16, patch_size=4, width=24, layers=2, head_width=12)
+SIGLIP = dict(image_size=18, timm_model_name="tiny_siglip", timm_pool="map", timm_proj="none")
+SIGLIP_TEXT = dict(no_causal_mask=True, proj_bias=True, pool_type="last", tokenizer_kwargs=dict(clean="canonicalize"))
+OPENAI_TEXT = dict(context_length=77, vocab_size=49408, hf_tokenizer_name=None)  # with open_clip's built-in tokenizer
+
+
+def shaken(clip: model.Clip) -> model.Clip:
+    """No two of its weights are alike any more: a fresh CLIP's biases are all 0, its norms 1."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in clip.model.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+    return clip
+
+
+def write_clip_to_export(folder: Path, name: str, resize_mode: str = "squash") -> Path:
+    if name == "siglip":
+        more = dict(mlp_ratio=3.7, norm_kwargs=dict(eps=1e-6), act_kwargs=dict(approximate="tanh"))
+        write_clip(folder, 24, SIGLIP, SIGLIP_TEXT | more, custom_text=True, init_logit_bias=-10)
+    elif name == "openai":
+        write_clip(folder, 20, VIT, OPENAI_TEXT, quick_gelu=True)
+    else:
+        write_clip(folder, 20, VIT | dict(norm_kwargs=dict(eps=0.1)))
+    clip = shaken(model.load_clip(str(folder)))
+    clip.model.visual.preprocess_cfg["resize_mode"] = resize_mode
+    model.save_clip(clip, folder)
+    return folder
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    assert a.shape == b.shape
+    return float((a - b).abs().max() / b.abs().max())
+
+
+@pytest.mark.parametrize("name, resize_mode", [("vit", "squash"), ("siglip", "squash"), ("openai", "shortest")])
+def test_the_exported_clip_is_ours(tmp_path, capsys, name, resize_mode):
+    folder, out = write_clip_to_export(tmp_path / "clip", name, resize_mode), tmp_path / "exported"
+    export.main([f"{folder}", f"{out}"])
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in said[:3]] == ["image features", "patch tokens", "text features"]
+    assert said[3:] == [f"written: {out}"]
+
+    clip, theirs = model.load_clip(str(folder)), transformers.AutoModel.from_pretrained(out)
+    assert type(theirs).__name__ == ("SiglipModel" if name == "siglip" else "CLIPModel")
+    image = Image.effect_noise((50, 37), 90).convert("RGB")
+    ours = clip.preprocess()(image)[None]
+    for backend, grey_levels in (("pil", 1e-3), ("torchvision", 2.01)):  # transformers' default rounds differently
+        processor = transformers.AutoImageProcessor.from_pretrained(out, backend=backend)
+        pixels = processor(images=image, return_tensors="pt").pixel_values
+        std = torch.tensor(clip.model.visual.preprocess_cfg["std"])[:, None, None]
+        assert ((pixels - ours) * std * 255).abs().max() < grey_levels
+
+    texts = ["a photo of red cat", " Two\n dogs,  left_right! ", "", "blue " * 100]
+    ids, tokenizer = clip.tokenizer()(texts), transformers.AutoTokenizer.from_pretrained(out)
+    tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
+    assert ids.shape == tokens.input_ids.shape and torch.equal(ids[ids > 0], tokens.input_ids[ids > 0])  # 0 pads
+
+    with torch.no_grad():
+        cls, local = condition.visual_tokens(clip.model.visual, ours)
+        found = theirs.vision_model(ours, output_hidden_states=True)
+        patches = found.last_hidden_state
+        if name != "siglip":
+            patches = theirs.visual_projection(theirs.vision_model.post_layernorm(patches[:, 1:]))
+        assert relative(theirs.get_image_features(ours).pooler_output, cls) < 1e-5
+        assert relative(patches, local) < 1e-5
+        assert relative(theirs.get_text_features(**tokens).pooler_output, clip.model.encode_text(ids)) < 1e-5
+        if name != "siglip":  # what LLaVA reads
+            vision = transformers.CLIPVisionModel.from_pretrained(out)(ours, output_hidden_states=True)
+            before = clip.model.visual.forward_intermediates(ours, indices=2, output_fmt="NLC")["image_intermediates"]
+            assert relative(vision.hidden_states[-2][:, 1:], before[0]) < 1e-5
+    for scalar in ("logit_scale", "logit_bias"):
+        if getattr(clip.model, scalar) is not None:
+            assert getattr(theirs, scalar).item() == getattr(clip.model, scalar).item()
+
+
+def test_the_miniature_is_exported(tmp_path):
+    clip = model.load_clip(f"{model.MINIATURE}/clip")
+    assert max(export.export(clip, tmp_path / "exported").values()) < 5e-6
+
+
+@pytest.mark.parametrize(
+    "vision, text, more, message",
+    [
+        (
+            VIT | dict(ls_init_value=0.1),
+            {},
+            {},
+            "it and a CLIPModel differ in vision_model.encoder.layers.0.ls_1.gamma",
+        ),
+        (VIT | dict(no_ln_pre=True), {}, {}, "it and a CLIPModel differ in vision_model.pre_layrnorm.bias"),
+        (VIT, {}, dict(init_logit_bias=-10), "it and a CLIPModel differ in logit_bias"),
+        (VIT, dict(pool_type="first"), {}, "its text features differ from a CLIPModel's by "),
+        (
+            SIGLIP,
+            SIGLIP_TEXT | dict(no_causal_mask=False, layers=2),
+            {},
+            "its text features differ from a SiglipModel's by ",
+        ),
+        (SIGLIP, {}, {}, "it and a SiglipModel differ in text_model.head.bias"),
+        (
+            SIGLIP | dict(timm_model_name="test_vit", image_size=160),
+            SIGLIP_TEXT,
+            {},
+            "differ in vision_model.cls_token",
+        ),
+    ],
+)
+def test_what_transformers_cannot_express_is_refused(tmp_path, vision, text, more, message):
+    if "timm_model_name" in vision:
+        more = dict(custom_text=True, init_logit_bias=-10)
+    folder = write_clip(tmp_path / "clip", 64 if vision["image_size"] == 160 else 24, vision, text, **more)
+    with pytest.raises(SystemExit, match=f"local-dir:{folder} cannot be exported: .*{message}") as stop:
+        export.main([f"{folder}", f"{tmp_path}/exported"])
+    assert "\n" not in stop.value.code and [path.name for path in tmp_path.iterdir()] == ["clip"]
+
+
+def test_padding_and_other_activations_are_refused(tmp_path):
+    folder = write_clip_to_export(tmp_path / "clip", "vit", "longest")
+    with pytest.raises(SystemExit, match="no image processor that fits the longest side and pads"):
+        export.main([f"{folder}", f"{tmp_path}/exported"])
+    clip = model.load_clip(str(folder))
+    clip.model.transformer.resblocks[0].mlp.gelu = torch.nn.SiLU()
+    with pytest.raises(SystemExit, match="the activation SiLU.* is none of QuickGELU"):
+        export.export(clip, tmp_path / "exported")
+    assert [path.name for path in tmp_path.iterdir()] == ["clip"]
+
+
+def test_an_export_takes_a_new_folder(models, tmp_path):
+    (tmp_path / "exported").mkdir()
+    with pytest.raises(SystemExit, match="exported: exists already; an export takes a new folder"):
+        export.main([f"{models}/vit", f"{tmp_path}/exported"])
+
+
+def test_a_clip_without_its_tokenizer_is_exported_all_the_same(tmp_path, capsys):
+    folder = write_clip_to_export(tmp_path / "clip", "siglip")
+    (folder / "tokenizer_config.json").unlink()
+    export.main([f"{folder}", f"{tmp_path}/exported"])
+    assert f"without a tokenizer: {folder}: this CLIP was saved without its tokenizer" in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "exported").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in model.RECIPES if name != "miniature"])
+def test_every_architecture_is_exported(tmp_path, name):
+    clip = shaken(model.load_clip(name, random_weights=True))
+    differences = export.export(clip, tmp_path / "exported")
+    print(name, differences)
+    assert max(differences.values()) < 5e-6
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "exported", backend="pil")
+    image = Image.effect_noise((500, 333), 90).convert("RGB")
+    assert (processor(images=image, return_tensors="pt").pixel_values[0] - clip.preprocess()(image)).abs().max() < 1e-5
 
 
 # ---------------------------------------------------------------------------------------------------------------------
