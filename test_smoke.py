@@ -10,8 +10,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it: nothing here
 os.environ["OMP_NUM_THREADS"] = "1"  # the models are too small to share out
 
 # ruff: noqa: E402
+import base64
 import contextlib
 import csv
+import html.parser
 import io
 import json
 import math
@@ -24,6 +26,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import xml.etree.ElementTree
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -47,6 +50,7 @@ import extras.log
 import make
 import model
 import train
+from extras import report
 
 ROOT = Path(__file__).parent
 WORDS = ["a", "photo", "of", "red", "blue", "cat", "dog", "left", "right", "one", "two"]
@@ -1687,6 +1691,370 @@ def test_the_benchmark_measures_a_step(models, tmp_path, capsys):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# extras/report.py
+
+
+def write_run(models: Path, out: Path, mmvp: Path | None, steps: int = 3, **args) -> Path:
+    """What a run leaves that a report reads, with scores drawn at random if there is a benchmark."""
+    (out / "clip").mkdir(parents=True)
+    settings = vars(train.parse_args(arguments(models, out, "--steps", str(steps)))) | dict(precision="fp32")
+    settings |= dict(mmvp=mmvp and str(mmvp), versions=dict(torch="2.14.1"))
+    (out / "args.json").write_text(json.dumps(settings | args))
+    rng = np.random.default_rng(0)
+    with open(out / "metrics.jsonl", "w") as file:
+        for step in range(steps):
+            line = dict(step=step, loss=rng.random(), grad_norm=rng.random(), lr=0.1, images_per_second=5.0)
+            file.write(json.dumps(line | dict(unreadable=step // 2)) + "\n")
+    if mmvp:
+        pairs = evaluate_mmvp.read_mmvp(str(mmvp))
+        cosines = rng.random((2, 2, len(pairs), 2, 2), dtype=np.float32)
+        cosines[:, :, 0] = 0.25  # ties
+        evaluate_mmvp.save_scores(out / "mmvp", ["before", "after"], list(cosines), pairs)
+    return out
+
+
+class Tree(html.parser.HTMLParser):
+    """The elements of a page as a browser finds them."""
+
+    def __init__(self):
+        super().__init__()
+        self.builder, self.open = xml.etree.ElementTree.TreeBuilder(), []
+
+    def handle_starttag(self, tag, attributes):
+        self.builder.start(tag, dict(attributes))
+        self.open.append(tag)
+        if tag in ("meta", "img"):
+            self.handle_endtag(tag)
+
+    def handle_startendtag(self, tag, attributes):  # in SVG
+        self.handle_starttag(tag, attributes)
+        self.handle_endtag(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+        self.builder.end(tag)
+
+    def handle_data(self, data):
+        self.builder.data(data)
+
+
+def read_page(out: Path) -> xml.etree.ElementTree.Element:
+    """The page, which is whole and asks for nothing from elsewhere."""
+    tree = Tree()
+    tree.feed((out / "report.html").read_text(encoding="utf-8").strip())
+    tree.close()
+    assert not tree.open
+    page = tree.builder.close()
+    for element in page.iter():
+        assert element.tag not in ("script", "link", "iframe", "object", "base", "a")
+        assert not any(name.startswith("on") or name in ("href", "style", "srcset") for name in element.attrib)
+        assert element.get("src", "data:image/jpeg;base64,").startswith("data:image/jpeg;base64,")
+    style = page.find("head/style").text
+    assert "url(" not in style and "@import" not in style and "prefers-color-scheme: dark" in style
+    return page
+
+
+def words(element) -> str:
+    return " ".join("".join(element.itertext()).split())
+
+
+def cells(table) -> list[list[str]]:
+    return [[words(cell) for cell in row] for row in table.iter("tr")]
+
+
+def test_the_report_says_what_pairs_csv_says(models, tmp_path):
+    """Every figure beside the one recomputed from pairs.csv, each pair where its change puts it."""
+    mmvp = write_mmvp(tmp_path / "mmvp", 3, tuple(evaluate_mmvp.TYPES))
+    out = write_run(models, tmp_path / "run", mmvp, clip="openai-vit-l-14-224")
+    assert report.write_report(out) == f"written: {out}/report.html, {out}/clip/README.md"
+    page = read_page(out)
+    with open(out / "mmvp" / "pairs.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    cards = {words(card.find("h3/small")): card for card in page.iter("article")}
+    scores, *_, others = (cells(table) for table in page.iter("table"))
+    others = {row[0]: row[1:] for row in others[1:]}
+    right, won, lost = np.zeros((2, 2, 9)), [0, 0], [0, 0]  # (readings, CLIPs, types)
+    for both in zip(rows[:27], rows[27:], strict=True):
+        ids, tables, marks = f"{both[0]['id1']}, {both[0]['id2']}", [], []
+        for r, reading in enumerate(evaluate_mmvp.READINGS):
+            expected, outcome = [[reading, "image 1", "image 2"]], []
+            for s in (1, 2):
+                for when, row in zip(("before", "after"), both):
+                    one, two = (row[f"{reading} s{s} i{i}"] for i in (1, 2))
+                    choice = 1 if float(one) > float(two) else 2
+                    outcome.append(choice == s)
+                    mark = "✓ " if choice == s else "✗ "
+                    shown = [mark * (choice == i) + f"{float(cosine):.5f}" for i, cosine in ((1, one), (2, two))]
+                    expected.append([f"statement {s}, {when}", *shown])
+            before, after = outcome[0] and outcome[2], outcome[1] and outcome[3]
+            right[r, :, evaluate_mmvp.TYPES.index(both[0]["type"])] += before, after
+            won[r], lost[r] = won[r] + (after and not before), lost[r] + (before and not after)
+            marks += ["✗✓"[before], "✗✓"[after]]
+            if before != after:
+                tables.append(expected)
+                assert f"{'won' if after else 'lost'} in {reading}" in [words(b) for b in cards[ids].iter("b")]
+        statements = [both[0]["statement1"], both[0]["statement2"]]
+        if not tables:
+            assert others.pop(ids) == [both[0]["type"], *statements, *marks]
+            continue
+        card = cards.pop(ids)
+        assert words(card.find("h3")).startswith(both[0]["type"]) and len(list(card.iter("b"))) == len(tables)
+        assert [cells(table) for table in card.iter("table")] == tables
+        assert [words(caption)[2:] for caption in card.iter("figcaption")] == statements
+        images = zip(card.iter("img"), (both[0]["id1"], both[0]["id2"]), statements, strict=True)
+        for image, i, statement in images:
+            assert image.get("alt").endswith(statement)
+            shown = Image.open(io.BytesIO(base64.b64decode(image.get("src").partition(",")[2])))
+            with Image.open(mmvp / "MLLM_VLM Images" / both[0]["type"] / f"{i}.jpg") as original:
+                assert np.abs(np.array(shown, dtype=int) - np.array(original)).mean() < 20  # JPEG of noise
+    assert not cards and not others
+
+    right *= 100 / 3
+    for r, stat in enumerate(page.find("body/header/div")):
+        change = json.loads((out / "mmvp" / "scores.json").read_text())["change"][r]
+        assert (change["won"], change["lost"]) == (won[r], lost[r])
+        before, after = right[r].mean(1)
+        told = f"{before:.1f} → {after:.1f} {after - before:+.1f} points, 95% interval {change['low']:+.1f} … "
+        told += f"{change['high']:+.1f} {won[r]} pairs won, {lost[r]} lost, p = {change['p']:.2g} "
+        assert told.replace("-", "−") in " ".join(map(words, stat)).replace("1 pairs", "1 pair")
+    for t, name in enumerate(evaluate_mmvp.TYPES):
+        (b0, a0), (b1, a1), paper = *right[:, :, t], evaluate_mmvp.BASELINES["openai-vit-l-14-224"][t]
+        figures = [
+            f"{b0:.1f}",
+            f"{a0:.1f}",
+            f"{a0 - b0:+z.1f}",
+            f"{b1:.1f}",
+            f"{a1:.1f}",
+            f"{a1 - b1:+z.1f}",
+            f"{paper}",
+        ]
+        assert scores[1 + t] == [name, *(figure.replace("-", "−") for figure in figures)]
+    assert scores[10][-1] == "19.3 → 25.9"
+    for r, chart in enumerate(list(page.iter("svg"))[:2]):
+        widths = [float(bar.get("width")[:-1]) / 0.86 for bar in chart.iter("rect")]
+        assert widths == pytest.approx([*right[r].T.flat, *right[r].mean(1)], abs=0.01)
+        ticks = [float(line.get("x1")[:-1]) / 0.86 for line in chart.iter("line") if line.get("class") == "paper"]
+        assert ticks == pytest.approx(
+            [*evaluate_mmvp.BASELINES["openai-vit-l-14-224"], 19.3, 25.9] * (r == 0), abs=0.01
+        )
+
+
+@pytest.mark.parametrize(
+    "types, args",
+    [
+        (tuple(evaluate_mmvp.TYPES), {}),
+        (("Color",), dict(clip="openai-vit-l-14-224")),
+        (tuple(evaluate_mmvp.TYPES), dict(clip="openai-vit-l-14-224", random_weights=True)),
+    ],
+)
+def test_the_papers_figures_stand_beside_its_own_clip_alone(models, tmp_path, types, args):
+    out = write_run(models, tmp_path / "run", write_mmvp(tmp_path / "mmvp", types=types), **args)
+    report.write_report(out)
+    page = read_page(out)
+    assert not [element for element in page.iter() if element.get("class") == "paper"]
+    assert len(cells(next(page.iter("table")))[0]) == 7 and "25.9 |" not in (out / "clip" / "README.md").read_text()
+    assert ("both with random weights" in words(page.find("body"))) == ("random_weights" in args)
+
+
+@pytest.mark.parametrize(
+    "won, lost, low, high, words",
+    [
+        (0, 0, 0, 0, "No effect: not one of 135 pairs changed"),
+        (7, 6, -4.4, 5.9, "No effect that 135 pairs can show"),
+        (6, 0, 0.0, 8.9, "No effect that 135 pairs can show"),
+        (14, 5, 1.5, 11.9, "A gain, though not by the exact test"),
+        (15, 5, 1.5, 11.9, "A gain"),
+        (5, 14, -11.9, -1.5, "A loss, though not by the exact test"),
+        (5, 15, -11.9, -1.5, "A loss"),
+    ],
+)
+def test_a_change_in_words(won, lost, low, high, words):
+    change = dict(won=won, lost=lost, low=low, high=high, p=evaluate_mmvp.mcnemar(won, lost))
+    assert report.verdict(report.Run(None, {}, {}, [], pairs=[None] * 135, changes=[change]), 0) == words
+
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "a | b `c` [d](javascript:e) *f*\n# g",
+    "\udc80&lt;",
+]
+
+
+def test_hostile_text_stays_text(models, tmp_path):
+    mmvp = write_mmvp(tmp_path / "mmvp", 3, ("Color",))
+    out = write_run(models, tmp_path / "run", mmvp, text=HOSTILE[0], recap=HOSTILE[1], join=HOSTILE[2], lr=HOSTILE[3])
+    args = json.loads((out / "args.json").read_text())
+    args |= dict(clip=HOSTILE[0], diffusion=HOSTILE[1], recipe=HOSTILE[2], data=HOSTILE, mmvp=HOSTILE[0])
+    (out / "args.json").write_text(json.dumps(args | {HOSTILE[1]: HOSTILE, "versions": {h: h for h in HOSTILE}}))
+    with open(out / "metrics.jsonl", "a") as file:
+        line = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+        file.write(json.dumps(line | dict(passed_over=HOSTILE)) + "\n")
+    with open(out / "mmvp" / "pairs.csv", newline="") as file:
+        reader = csv.DictReader(file)
+        rows = list(reader)
+    for i, row in enumerate(rows):
+        p = i % 3
+        row |= dict(type=HOSTILE[p // 2], id1=HOSTILE[0], id2=HOSTILE[1], statement1=HOSTILE[p], statement2=HOSTILE[1])
+    with open(out / "mmvp" / "pairs.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, reader.fieldnames)
+        writer.writeheader()
+        writer.writerows(rows)
+    (out / "args.json").write_text((out / "args.json").read_text().replace('"steps": 3', '"steps": 4'))
+    report.write_report(out)
+    page = read_page(out)
+    found = "".join(page.itertext())
+    assert not list(page.iter("img")) and all(found.count(text) > 3 for text in HOSTILE[:3])
+    card = (out / "clip" / "README.md").read_text(encoding="utf-8")
+    head, body = card.removeprefix("---\n").split("\n---\n", 1)
+    assert "<" not in body and "`" not in body.replace("\\`", "") and "\n# g" not in body
+    assert not re.search(r"(?<!\\)\[d", body) and not re.search(r"(?<!\\)\*f", body)
+    for row in [line for line in body.splitlines() if line.startswith("|")]:
+        assert len(re.findall(r"(?<!\\)\|", row)) == 8
+
+
+def test_long_runs_are_drawn_compactly_and_short_ones_at_all(models, tmp_path):
+    for steps, points in ((30_000, 300), (301, 300), (40, 40), (2, 2), (1, 2)):
+        out = write_run(models, tmp_path / f"{steps}", None, steps)
+        report.write_report(out)
+        page = read_page(out)
+        assert (out / "report.html").stat().st_size < 60_000
+        for chart, key in zip(page.iter("svg"), ("loss", "grad_norm")):
+            lines = [line.get("points").split() for line in chart.iter("polyline")]
+            assert [len(line) for line in lines] == [points, 20][: 1 + (steps >= 40)]
+        values = [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+        chart = next(page.iter("svg"))
+        top, _, bottom = (float(tick.text) for tick in list(chart.iter("text"))[:3])
+        xs, ys = np.array([point.split(",") for point in chart.find(".//polyline").get("points").split()], float).T
+        if steps == 30_000:
+            expected = np.mean(np.reshape(values, (300, 100)), 1)
+            assert xs[[0, -1]] == pytest.approx([49.5 / 29_999, 1 - 49.5 / 29_999], abs=1e-4)
+        elif steps <= 40:
+            expected = np.resize(values, points)
+            assert xs == pytest.approx(np.arange(points) / (points - 1) if steps > 1 else [0, 0], abs=1e-4)
+        assert steps == 301 or top + ys * (bottom - top) == pytest.approx(expected, abs=0.006)
+
+
+def test_of_many_pairs_a_hundred_are_pictures(models, tmp_path):
+    out = write_run(models, tmp_path / "run", write_mmvp(tmp_path / "mmvp", 150))
+    report.write_report(out)
+    page = read_page(out)
+    kinds = [words(card.find("h3")).split()[0] for card in page.iter("article")]
+    assert kinds == ["Color"] * 50 + ["Camera"] * 50 and len(list(page.iter("img"))) == 200
+    assert re.search(r"100 of [12][0-9]{2} are shown", words(page))
+    assert len(cells(list(page.iter("table"))[-1])) == 1 + 300 - 100
+
+
+def test_a_benchmark_that_is_gone_or_another_is_said(models, tmp_path):
+    mmvp = write_mmvp(tmp_path / "mmvp")
+    out = write_run(models, tmp_path / "run", mmvp)
+    mmvp.rename(tmp_path / "moved")
+    report.write_report(out)
+    before = read_page(out)
+    assert f"Without pictures, which --mmvp PATH brings back: {mmvp}: no such folder" in words(before)
+    assert not list(before.iter("img")) and list(before.iter("article"))
+    report.write_report(out, str(tmp_path / "moved"))
+    page = read_page(out)
+    assert len(list(page.iter("img"))) == 2 * len(list(page.iter("article"))) and "Without" not in words(page)
+    whole = (out / "report.html").read_bytes()
+    other = write_mmvp(tmp_path / "other")
+    (other / "Questions.csv").write_text((other / "Questions.csv").read_text().replace("Color,", "Color,no "))
+    with pytest.raises(SystemExit, match="other: not the benchmark that was scored .pair 3, 4 differs"):
+        report.write_report(out, str(other))
+    for image in (tmp_path / "moved").rglob("*.jpg"):
+        image.write_bytes(b"no image")
+    with pytest.raises(SystemExit, match="jpg: not a readable image"):
+        report.write_report(out, str(tmp_path / "moved"))
+    assert (out / "report.html").read_bytes() == whole and not list(out.rglob("*.part"))
+
+
+def test_a_run_ends_with_its_report_and_card(models, tmp_path, capsys, monkeypatch):
+    """Not scored, scored, on its way, and where no report can be written; open_clip reads the folder with the card."""
+    from huggingface_hub import ModelCard
+
+    out, mmvp = tmp_path / "run", write_mmvp(tmp_path / "mmvp")
+    written = f"written: {out}/report.html, {out}/clip/README.md\n"
+    run(models, out)
+    assert capsys.readouterr().out.endswith(written)
+    assert "Not scored" in words(read_page(out)) and "cls" not in (out / "clip" / "README.md").read_text()
+    run(models, out, "--mmvp", str(mmvp))
+    assert capsys.readouterr().out.endswith(written)
+    card = ModelCard.load(out / "clip" / "README.md")
+    data = card.data.to_dict()
+    assert data == dict(library_name="open_clip", pipeline_tag="zero-shot-image-classification", tags=["clip", "diva"])
+    scores = json.loads((out / "mmvp" / "scores.json").read_text())["clips"]
+    for reading in evaluate_mmvp.READINGS:
+        assert f"{reading}: {scores[0][reading]['average']:.1f} → {scores[1][reading]['average']:.1f}" in card.text
+    assert "keep the licence" in card.text and "3 steps, 4 images each" in card.text
+    reloaded = open_clip.create_model_and_transforms(f"local-dir:{out}/clip")[0]
+    assert open_clip.get_tokenizer(f"local-dir:{out}/clip")(["red cat"]).shape == (1, 12)
+    kept = weights(out)
+    assert all(torch.equal(v, kept[f"visual.{k}"]) for k, v in reloaded.visual.state_dict().items())
+
+    lines = (out / "metrics.jsonl").read_text().splitlines(True)
+    (out / "metrics.jsonl").write_text("".join(lines[:2]) + lines[2][:20])  # as a run on its way leaves it
+    shutil.rmtree(out / "mmvp")
+    assert report.write_report(out) == f"written: {out}/report.html"
+    assert "for 2 steps of 3 (it is not finished)" in words(read_page(out))
+
+    def full(path: Path, content: str) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(report, "write", full)
+    run(models, out, "--overwrite")
+    assert capsys.readouterr().out.endswith("no report: No space left on device\n")
+    assert not (out / "report.html").exists() and (out / "clip" / "open_clip_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "name, old, new, message",
+    [
+        ("", "", None, "run: no such folder"),
+        ("args.json", "", None, "run: no run in it .args.json is missing"),
+        ("args.json", "{", "[", "args.json: not what a run writes"),
+        ("args.json", '"clip"', '"klip"', "args.json: not what a run writes .KeyError: 'clip'"),
+        ("metrics.jsonl", "", None, "run: this run has taken no step yet"),
+        (
+            "metrics.jsonl",
+            '"step": 1, "loss"',
+            '"step": 1, loss',
+            "metrics.jsonl: not what a run writes .*: line 2 col",
+        ),
+        (
+            "metrics.jsonl",
+            '"lr": 0.1',
+            '"lr": NaN',
+            "metrics.jsonl: not what a run writes .ValueError: a number is not",
+        ),
+        ("metrics.jsonl", '"lr": 0.1', '"lr": [1]', "metrics.jsonl: not what a run writes .TypeError"),
+        ("mmvp/scores.json", '"won": ', '"won": 1', "scores.json: .*its scores are not those of pairs.csv"),
+        ("mmvp/scores.json", "{", "", "scores.json: not what a run writes .JSONDecodeError"),
+        ("mmvp/pairs.csv", "", None, "pairs.csv: not what a run writes .FileNotFoundError"),
+        ("mmvp/pairs.csv", "after,", '"after,', "pairs.csv: not what a run writes .Error"),
+        ("mmvp/pairs.csv", "before,Color", "before,Colour", "pairs.csv: .*the pairs of the two CLIPs differ"),
+        ("mmvp/pairs.csv", "cls s1 i1", "cls", "pairs.csv: not what a run writes .KeyError: 'cls s1 i1'"),
+    ],
+)
+def test_no_report_of_what_no_run_wrote(models, tmp_path, monkeypatch, capsys, name, old, new, message):
+    """One sentence, exit code 2, and the report that was there before is whole."""
+    out = write_run(models, tmp_path / "run", write_mmvp(tmp_path / "mmvp"))
+    path = out / name
+    if new is None:
+        path.rename(tmp_path / "gone")
+    else:
+        path.write_text(path.read_text().replace(old, new))
+    if out.exists():
+        (out / "report.html").write_text("the last one")
+    monkeypatch.setattr(sys, "argv", ["report.py", str(out)])
+    with pytest.raises(SystemExit) as stop, model.one_sentence("report.py"):
+        report.main()
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1 and re.search(message, said)
+    assert not out.exists() or (out / "report.html").read_text() == "the last one"
+    assert not list(tmp_path.rglob("*.part")) and not (out / "clip" / "README.md").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Bad input: a sentence
 
 
@@ -1928,6 +2296,11 @@ def parsers(models, tmp_path_factory) -> dict:
         cache.write_bytes(content)
         return data.shard_index(str(other))
 
+    scored = write_run(models, folder / "scored", mmvp)
+
+    def read_report():
+        return report.page(found := report.read_run(scored)), report.card(found)
+
     def parser(path: Path, read):
         def parse(content: bytes):
             path.write_bytes(content)
@@ -1943,11 +2316,17 @@ def parsers(models, tmp_path_factory) -> dict:
         "state": parser(checkpoint / "state.json", lambda: model.read_state(checkpoint)),
         "weights": parser(small / "weights.safetensors", lambda: model.load_checkpoint(small, linear, optimizer)),
         "momentum": parser(small / "momentum.safetensors", lambda: model.load_checkpoint(small, linear, optimizer)),
+        "args": parser(scored / "args.json", read_report),
+        "metrics": parser(scored / "metrics.jsonl", read_report),
+        "scores": parser(scored / "mmvp" / "scores.json", read_report),
+        "pairs": parser(scored / "mmvp" / "pairs.csv", read_report),
     }
 
 
 @pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", ["index", "cache", "mmvp", "recap", "state", "weights", "momentum"])
+@pytest.mark.parametrize(
+    "name", ["index", "cache", "mmvp", "recap", "state", "weights", "momentum", "args", "metrics", "scores", "pairs"]
+)
 def test_no_parser_crashes(parsers, name, count):
     """Mutated inputs end in a result or in a sentence."""
     good, parse = parsers[name]

@@ -182,6 +182,7 @@ import evaluate_mmvp  # noqa: E402
 from condition import VisualCondition, count_patches, draw_patches, fit_projection, visual_tokens  # noqa: E402
 from data import TrainingImages, collate, micro_batches, open_images, read_batches, to_device  # noqa: E402
 from extras.log import Log, everyone, plan  # noqa: E402
+from extras.report import report_finished  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The method
@@ -313,7 +314,8 @@ def open_out(args: argparse.Namespace) -> None:
         for part in ("checkpoint.old", "checkpoint", "clip.old", "clip", "mmvp"):
             if (out / part).exists():
                 shutil.rmtree(out / part)
-        (out / "metrics.jsonl").unlink(missing_ok=True)
+        for name in ("metrics.jsonl", "report.html"):
+            (out / name).unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     packages = ("torch", "open_clip_torch", "diffusers", "transformers")
     versions = {name: importlib.metadata.version(name) for name in packages}
@@ -418,6 +420,7 @@ def train(args: argparse.Namespace) -> None:
             cosines = [before, evaluate_mmvp.similarities(clip, pairs, device)]
             print("\n" + evaluate_mmvp.report(names, cosines, pairs, [recipe, None]))
             evaluate_mmvp.save_scores(out / "mmvp", names, cosines, pairs)
+        print(report_finished(out))  # OUT/report.html, and the model card in OUT/clip
     dist.barrier()
     dist.destroy_process_group()
 
