@@ -28,6 +28,7 @@ import json
 import math
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -134,15 +135,18 @@ def similarities(clip: Clip, pairs: list[Pair], device, batch_size: int = 32, pr
     statements = ["a photo of " + s for pair in pairs for s in pair.statements]
     paths = [path for pair in pairs for path in pair.images]
     images, texts = [], []
-    with torch.inference_mode(), tqdm(total=2 * len(paths), desc="MMVP-VLM", disable=not progress, leave=False) as bar:
+
+    def read(path: Path) -> torch.Tensor:
+        try:
+            with Image.open(path) as image:
+                return preprocess(image)
+        except Exception as error:  # Pillow raises almost any exception on a broken file
+            raise SystemExit(f"{path}: not a readable image ({brief(error)})") from None
+
+    bar = tqdm(total=2 * len(paths), desc="MMVP-VLM", disable=not progress, leave=False)
+    with torch.inference_mode(), bar, ThreadPoolExecutor() as pool:  # a GPU encodes faster than one core reads
         for start in range(0, len(paths), batch_size):
-            batch = []
-            for path in paths[start : start + batch_size]:
-                try:
-                    with Image.open(path) as image:
-                        batch.append(preprocess(image))
-                except Exception as error:  # Pillow raises almost any exception on a broken file
-                    raise SystemExit(f"{path}: not a readable image ({brief(error)})") from None
+            batch = list(pool.map(read, paths[start : start + batch_size]))
             cls, local = visual_tokens(model.visual, torch.stack(batch).to(device))  # (B, D), (B, P, D)
             cls = normalize(cls, dim=-1)
             both = normalize(cls + normalize(local, dim=-1).mean(1), dim=-1)

@@ -181,7 +181,7 @@ from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 import evaluate_mmvp  # noqa: E402
 from condition import VisualCondition, count_patches, draw_patches, fit_projection, visual_tokens  # noqa: E402
 from data import TrainingImages, collate, micro_batches, open_images, read_batches, to_device  # noqa: E402
-from extras.log import Log, everyone, plan  # noqa: E402
+from extras.log import Log, everyone, plan, ways_on  # noqa: E402
 from extras.report import report_finished  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -346,6 +346,8 @@ def train(args: argparse.Namespace) -> None:
     if first_step == args.steps and (not pairs or (out / "mmvp" / "scores.json").exists()):
         if first:
             print(f"{out}: this run is finished{', scores in mmvp/' * bool(pairs)}; --overwrite starts anew")
+            if not (out / "report.html").exists():  # it died after its last save
+                print(report_finished(out))
         dist.destroy_process_group()
         return
 
@@ -412,15 +414,13 @@ def train(args: argparse.Namespace) -> None:
     log.close()
 
     if first:
-        print(f"{out}/clip: open_clip.create_model_and_transforms('local-dir:{out}/clip')")
-        if clip.no_tokenizer:
-            print(f"saved without its tokenizer: {clip.no_tokenizer}")
         if pairs:
             names = [f"{args.clip}, before", f"{out}/clip"]
             cosines = [before, evaluate_mmvp.similarities(clip, pairs, device)]
-            print("\n" + evaluate_mmvp.report(names, cosines, pairs, [recipe, None]))
+            print(f"\n{evaluate_mmvp.report(names, cosines, pairs, [recipe, None])}\n")
             evaluate_mmvp.save_scores(out / "mmvp", names, cosines, pairs)
         print(report_finished(out))  # OUT/report.html, and the model card in OUT/clip
+        print(ways_on(args, clip))
     dist.barrier()
     dist.destroy_process_group()
 

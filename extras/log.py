@@ -48,6 +48,18 @@ def plan(
     return "\n".join(f"{name:12} {text}" for name, text in lines.items())
 
 
+def ways_on(args: argparse.Namespace, clip: Clip) -> str:
+    """Where the trained CLIP is, and what to type next."""
+    folder = f"{args.out}/clip"
+    lines = {"the CLIP": f'open_clip.create_model_and_transforms("local-dir:{folder}")'}
+    if clip.no_tokenizer:
+        lines["no tokenizer"] = clip.no_tokenizer
+    if not args.mmvp:
+        lines["to score it"] = f"python evaluate_mmvp.py {args.clip} {folder} --mmvp MMVP/MMVP_VLM"
+    lines["to export it"] = f"python extras/export.py {folder} DIR"
+    return "\n".join(f"{name:12} {text}" for name, text in lines.items())
+
+
 class Log:
     """The bar and metrics.jsonl, both of the first process, and the three reasons to stop a run."""
 
