@@ -389,6 +389,7 @@ small, .note, thead th, dt { color: var(--soft); font-size: .875rem; font-weight
 .legend span { margin-right: 1.5rem; white-space: nowrap }
 .legend span::before { content: ""; display: inline-block; width: 1.2em; margin-right: .5em; vertical-align: .2em;
   border-top: 2px solid var(--key) }
+.legend .chance::before { border-top-style: dashed }
 .legend .before::before, .legend .after::before { border-width: .6em; vertical-align: 0 }
 .before { --key: var(--before) } .after { --key: var(--after) } .paper { --key: var(--paper); stroke-width: 3 }
 .interval { --key: var(--ink) } .grid { --key: var(--line) } .chance { --key: var(--soft); stroke-dasharray: 3 3 }
