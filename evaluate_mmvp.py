@@ -279,14 +279,13 @@ def save_scores(folder: str | os.PathLike, names: list[str], cosines: list[np.nd
                 row |= {f"{reading} s{s + 1} i{i + 1}": f"{cosine[s, i]:.7f}" for s in (0, 1) for i in (0, 1)}
                 row[f"{reading} right"] = int(pairs_right(cosine))
             rows.append(row)
-    report = dict(pairs=len(pairs), clips=scores)
-    if len(cosines) == 2:
-        report["change"] = change(cosines[0], cosines[1], pairs)
+    for entry, clip_cosines in zip(scores[1:], cosines[1:]):
+        entry["change"] = change(cosines[0], clip_cosines, pairs)  # from the first
     with open(folder / "pairs.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
         writer.writerows(rows)
-    (folder / "scores.part").write_text(json.dumps(report, indent=2) + "\n")
+    (folder / "scores.part").write_text(json.dumps(dict(pairs=len(pairs), clips=scores), indent=2) + "\n")
     (folder / "scores.part").replace(folder / "scores.json")  # last, and whole: it says that the run was evaluated
 
 
@@ -331,4 +330,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     with one_sentence("evaluate_mmvp.py"):
-        sys.exit(main())
+        main()

@@ -456,7 +456,7 @@ def replaced_folder(folder: str | os.PathLike):
         yield new
         for path in (*new.iterdir(), new):
             synchronise(path)
-        if folder.exists():
+        if replaced := folder.exists():
             shutil.rmtree(old, ignore_errors=True)
             folder.rename(old)
         new.rename(folder)
@@ -466,7 +466,8 @@ def replaced_folder(folder: str | os.PathLike):
         if not isinstance(error, Exception):  # the block's own sentence, or Ctrl-C
             raise
         raise SystemExit(f"{folder} could not be written: {brief(error)}; what it held before is whole") from error
-    shutil.rmtree(old, ignore_errors=True)
+    if replaced:  # else it is no doing of ours
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def synchronise(path: Path) -> None:

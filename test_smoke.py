@@ -976,10 +976,8 @@ def test_a_finished_run_evaluates_once(models, tmp_path, capsys, monkeypatch):
     assert "change from 1 to 2" in capsys.readouterr().out and (out / "mmvp" / "scores.json").exists()
     monkeypatch.setattr(train, "load_clip", None)  # from here on nothing is loaded
     run(models, out, "--mmvp", str(mmvp))
-    assert capsys.readouterr().out == f"{out}: this run is finished, scores in mmvp/; --overwrite starts anew\n"
-    (out / "report.html").unlink()  # as if it had died before its report
-    run(models, out, "--mmvp", str(mmvp))
-    assert f"written: {out}/report.html" in capsys.readouterr().out
+    said = f"{out}: this run is finished, scores in mmvp/ (evaluate_mmvp.py scores it on other pairs); --overwrite"
+    assert capsys.readouterr().out.startswith(f"{said} starts anew\nwritten: {out}/report.html, ")
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
     with pytest.raises(SystemExit, match="--overwrite: every restart .* would delete the run"):
         run(models, out, "--mmvp", str(mmvp), "--overwrite")
@@ -1314,7 +1312,9 @@ def test_the_exported_clip_is_ours(tmp_path, capsys, name, resize_mode):
 
 def test_the_miniature_is_exported(tmp_path):
     clip = model.load_clip(f"{model.MINIATURE}/clip")
+    (tmp_path / "exported.old").mkdir()  # a person's, who has made room
     assert max(export.export(clip, tmp_path / "exported").values()) < 5e-6
+    assert (tmp_path / "exported.old").exists()
 
 
 @pytest.mark.parametrize(
@@ -1476,7 +1476,8 @@ def test_the_command_compares_two_clips(models, tmp_path):
         [*command, "--out", str(tmp_path / "scores")], cwd=ROOT, capture_output=True, text=True, check=True
     )
     scores = json.loads((tmp_path / "scores" / "scores.json").read_text())
-    assert scores["change"] == json.loads((tmp_path / "run" / "mmvp" / "scores.json").read_text())["change"]
+    theirs = json.loads((tmp_path / "run" / "mmvp" / "scores.json").read_text())["clips"][1]
+    assert scores["clips"][1]["change"] == theirs["change"]
     with open(tmp_path / "scores" / "pairs.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * 27
@@ -1488,7 +1489,7 @@ def test_the_command_compares_two_clips(models, tmp_path):
             for row in mine:
                 s = [float(row[f"{reading} s{i} i{j}"]) for i in (1, 2) for j in (1, 2)]
                 assert int(row[f"{reading} right"]) == (s[0] > s[1] and s[3] > s[2])
-    for reading, change in zip(evaluate_mmvp.READINGS, scores["change"], strict=True):
+    for reading, change in zip(evaluate_mmvp.READINGS, scores["clips"][1]["change"], strict=True):
         before, after = ([int(r[f"{reading} right"]) for r in rows[27 * c : 27 * c + 27]] for c in (0, 1))
         assert change["won"] - change["lost"] == sum(after) - sum(before)
         assert change["points"] == pytest.approx(100 * (sum(after) - sum(before)) / 27)
@@ -1709,6 +1710,9 @@ def write_run(models: Path, out: Path, mmvp: Path | None, steps: int = 3, **args
     settings = vars(train.parse_args(arguments(models, out, "--steps", str(steps)))) | dict(precision="fp32")
     settings |= dict(mmvp=mmvp and str(mmvp), versions=dict(torch="2.14.1"))
     (out / "args.json").write_text(json.dumps(settings | args))
+    (out / "checkpoint").mkdir()
+    state = dict(step=steps, unreadable=0, images=0, args={})
+    (out / "checkpoint" / "state.json").write_text(json.dumps(state))
     rng = np.random.default_rng(0)
     with open(out / "metrics.jsonl", "w") as file:
         for step in range(steps):
@@ -1820,7 +1824,7 @@ def test_the_report_says_what_pairs_csv_says(models, tmp_path):
 
     right *= 100 / 3
     for r, stat in enumerate(page.find("body/header/div")):
-        change = json.loads((out / "mmvp" / "scores.json").read_text())["change"][r]
+        change = json.loads((out / "mmvp" / "scores.json").read_text())["clips"][1]["change"][r]
         assert (change["won"], change["lost"]) == (won[r], lost[r])
         before, after = right[r].mean(1)
         told = f"{before:.1f} → {after:.1f} {after - before:+.1f} points, 95% interval {change['low']:+.1f} … "
@@ -1951,6 +1955,8 @@ def test_of_many_pairs_a_hundred_are_pictures(models, tmp_path):
     kinds = [words(card.find("h3")).split()[0] for card in page.iter("article")]
     assert kinds == ["Color"] * 50 + ["Camera"] * 50 and len(list(page.iter("img"))) == 200
     assert re.search(r"100 of [12][0-9]{2} are shown", words(page))
+    outcomes = Counter(words(card.find("h3/b")).split()[0] for card in page.iter("article"))
+    assert outcomes == dict(won=50, lost=50)
     assert len(cells(list(page.iter("table"))[-1])) == 1 + 300 - 100
 
 
@@ -2002,6 +2008,8 @@ def test_a_run_ends_with_its_report_and_card(models, tmp_path, capsys, monkeypat
 
     lines = (out / "metrics.jsonl").read_text().splitlines(True)
     (out / "metrics.jsonl").write_text("".join(lines[:2]) + lines[2][:20])  # as a run on its way leaves it
+    state = (out / "checkpoint" / "state.json").read_text()
+    (out / "checkpoint" / "state.json").write_text(state.replace('"step": 3', '"step": 2'))
     shutil.rmtree(out / "mmvp")
     assert report.write_report(out) == f"written: {out}/report.html"
     assert "for 2 steps of 3 (it is not finished)" in words(read_page(out))

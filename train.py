@@ -345,9 +345,9 @@ def train(args: argparse.Namespace) -> None:
         dist.barrier()
     if first_step == args.steps and (not pairs or (out / "mmvp" / "scores.json").exists()):
         if first:
-            print(f"{out}: this run is finished{', scores in mmvp/' * bool(pairs)}; --overwrite starts anew")
-            if not (out / "report.html").exists():  # it died after its last save
-                print(report_finished(out))
+            scores = ", scores in mmvp/ (evaluate_mmvp.py scores it on other pairs)" * bool(pairs)
+            print(f"{out}: this run is finished{scores}; --overwrite starts anew")
+            print(report_finished(out))  # it may have died before
         dist.destroy_process_group()
         return
 

@@ -202,6 +202,7 @@ def main(argv: list[str] | None = None) -> None:
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU with {torch.get_num_threads()} threads"
     limit = ceiling(device, step.diffusion.unet.dtype)
     args.compile = False  # the counter does not see into compiled kernels
+    del step  # its memory
     step = Step(args, torch.device("meta"))
     work, floor = executed_work(step), floor_work(step)
     ms = {part: 1000 * s / args.micro_batch for part, s in seconds.items()}

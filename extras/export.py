@@ -210,8 +210,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("clip", metavar="CLIP", help="a recipe, ARCH:TAG of open_clip, hf-hub:OWNER/NAME, or a folder")
     parser.add_argument("folder", metavar="DIR", help="where to write it; must not exist")
     args = parser.parse_args(argv)
-    if os.path.lexists(args.folder):
-        raise SystemExit(f"{args.folder}: exists already; an export takes a new folder")
+    for folder in (args.folder, f"{args.folder}.new"):  # the latter is where it is written first
+        if os.path.lexists(folder):
+            raise SystemExit(f"{folder}: exists already; an export takes a new folder")
     clip = load_clip(args.clip)
     for name, difference in export(clip, args.folder).items():
         print(f"{name:14}  differ by {difference:.1e}")

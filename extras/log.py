@@ -7,6 +7,7 @@ import json
 import math
 import os
 import resource
+import shlex
 import signal
 import sys
 import time
@@ -51,12 +52,12 @@ def plan(
 def ways_on(args: argparse.Namespace, clip: Clip) -> str:
     """Where the trained CLIP is, and what to type next."""
     folder = f"{args.out}/clip"
-    lines = {"the CLIP": f'open_clip.create_model_and_transforms("local-dir:{folder}")'}
+    lines, quoted = {"the CLIP": f'open_clip.create_model_and_transforms("local-dir:{folder}")'}, shlex.quote(folder)
     if clip.no_tokenizer:
         lines["no tokenizer"] = clip.no_tokenizer
-    if not args.mmvp:
-        lines["to score it"] = f"python evaluate_mmvp.py {args.clip} {folder} --mmvp MMVP/MMVP_VLM"
-    lines["to export it"] = f"python extras/export.py {folder} DIR"
+    elif not (args.mmvp or args.random_weights):
+        lines["to score it"] = f"python evaluate_mmvp.py {shlex.quote(args.clip)} {quoted} --mmvp MMVP/MMVP_VLM"
+    lines["to export it"] = f"python extras/export.py {quoted} DIR"
     return "\n".join(f"{name:12} {text}" for name, text in lines.items())
 
 
@@ -116,7 +117,7 @@ class Log:
                 file.write(json.dumps(line) + "\n")
         self.bar.set_postfix_str(f"smoothed loss {self.smooth:.4f}, {speed:.3g} images/s, lr {lr:.1e}", refresh=False)
         self.bar.update()
-        if step == self.settled and self.first:  # a step now takes what it takes
+        if self.first and step == self.settled < self.args.steps - 1:  # a step now takes what it takes
             left = (self.args.steps - step - 1) * self.args.batch_size / speed
             tqdm.write(f"at {speed:.3g} images/s the steps to come take {tqdm.format_interval(left)}", file=sys.stderr)
 

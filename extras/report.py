@@ -28,10 +28,10 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from evaluate_mmvp import BASELINES, READINGS, TYPES, Pair, average, read_mmvp, type_names, type_scores
-from model import RECIPES, brief, one_sentence, recipe_of
+from model import RECIPES, brief, one_sentence, read_state, recipe_of
 
 PICTURES = 100  # pairs shown with their images, at most: 2 to 3 MB
-CURVES = dict(loss="Loss: mean squared error of ε", grad_norm="Norm of its gradient, unclipped", lr="Learning rate")
+CURVES = dict(loss="Loss: mean squared error", grad_norm="Norm of its gradient, unclipped", lr="Learning rate")
 SETTINGS = ("recap", "join", "states", "lr", "seed", "precision", "random_weights")  # that the card names
 NUMBERS = ("step", *CURVES, "images_per_second", "unreadable")  # of a line of metrics.jsonl
 
@@ -42,7 +42,8 @@ NUMBERS = ("step", *CURVES, "images_per_second", "unreadable")  # of a line of m
 
 @dataclass
 class Run:
-    """`args` as in args.json; `steps` an array for each of NUMBERS. The rest is empty unless the run was scored.
+    """`args` as in args.json; `steps` an array for each of NUMBERS; `saved` how many steps the checkpoint has.
+    The rest is empty unless the run was scored.
 
     `cosines` (2 CLIPs, readings, P pairs, 2 statements, 2 images); `right` (2 CLIPs, readings, P), 0 or 1; `outcomes`
     (readings, P), 1 for a pair won, -1 for one lost, else 0; `intervals` (low, high) of each CLIP and reading, in
@@ -52,6 +53,7 @@ class Run:
     folder: Path
     args: dict
     steps: dict[str, np.ndarray]
+    saved: int
     passed_over: list[str]
     pairs: list[Pair] = field(default_factory=list)
     cosines: np.ndarray | None = None
@@ -63,7 +65,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return len(self.steps["step"]) == self.args["steps"]
+        return self.saved == self.args["steps"]
 
     @property
     def types(self) -> list[str]:
@@ -107,7 +109,9 @@ def read_run(folder: Path) -> Run:
             raise SystemExit(f"{folder}: this run has taken no step yet")
         lines = json.loads("[" + ",\n".join(lines[:-1]) + "]")  # at once, so that an error names the line
         steps = {key: numbers([line[key] for line in lines]) for key in NUMBERS}
-        run = Run(folder, args, steps, [str(name) for line in lines for name in line.get("passed_over", ())])
+        state = read_state(folder / "checkpoint") or dict(step=0)
+        passed_over = [str(name) for line in lines for name in line.get("passed_over", ())]
+        run = Run(folder, args, steps, state["step"], passed_over)
     if not (folder / "mmvp/scores.json").exists():  # which is written last
         return run
     with reading(folder / "mmvp/pairs.csv") as path:
@@ -125,9 +129,10 @@ def read_run(folder: Path) -> Run:
         run.right = (right == 1).astype(int).reshape(2, -1, 2).swapaxes(1, 2)
         run.outcomes = run.right[1] - run.right[0]
     with reading(folder / "mmvp/scores.json") as path:
-        scores, keys = json.loads(path.read_text(encoding="utf-8")), ("points", "low", "high", "won", "lost", "p")
-        run.changes = [dict(zip(keys, numbers([change[k] for k in keys]).tolist())) for change in scores["change"]]
-        run.intervals = [[numbers([c[r]["low"], c[r]["high"]]).tolist() for r in READINGS] for c in scores["clips"]]
+        clips = json.loads(path.read_text(encoding="utf-8"))["clips"]
+        keys = ("points", "low", "high", "won", "lost", "p")
+        run.changes = [dict(zip(keys, numbers([c[k] for k in keys]).tolist())) for c in clips[1]["change"]]
+        run.intervals = [[numbers([c[r]["low"], c[r]["high"]]).tolist() for r in READINGS] for c in clips]
         counted = [[(outcomes == sign).sum() for sign in (1, -1)] for outcomes in run.outcomes]
         if [[c["won"], c["lost"]] for c in run.changes] != counted or len(run.intervals) != 2:
             raise ValueError("its scores are not those of pairs.csv")
@@ -170,7 +175,8 @@ def headline(run: Run, r: int) -> tuple[str, str, str]:
 def summary(run: Run, args: dict) -> str:
     """What learnt from what, for how long, in what that differs from the recipe, and on what it was scored."""
     own = vars(RECIPES[args["recipe"]]) if args["recipe"] in RECIPES else {}
-    silent = ("clip", "diffusion", "data", "mmvp", "patches", "published", "micro_batch", "save_every")
+    silent = ("clip", "diffusion", "data", "mmvp", "patches", "published")
+    silent += ("steps", "batch_size", "micro_batch", "save_every")
     differs = [f"{k} {args[k]}" for k in own if k not in silent and args.get(k, own[k]) != own[k]]
     random = ", both with random weights," if args["random_weights"] else ""
     so_far = "" if run.finished else f" of {args['steps']:,} (it is not finished)"
@@ -336,15 +342,15 @@ def pair_sections(run: Run, mmvp: str | None) -> tuple[str, str]:
     """
     types, outcomes, seen, nth = run.types, run.outcomes.T.tolist(), Counter(), {}
     order = {name: n for n, name in enumerate(type_names(types))}
-    by_type = sorted(range(len(types)), key=lambda p: (order[types[p]], [-outcome for outcome in outcomes[p]]))
+    by_type = sorted(range(len(types)), key=lambda p: (order[types[p]], [(-abs(o), -o) for o in outcomes[p]]))
     for p in by_type:
         if any(outcomes[p]):
-            seen[types[p]] += 1
-            nth[p] = seen[types[p]]
-    shown = sorted(nth, key=nth.get)[:PICTURES]  # of each type the first, then of each the second …
+            seen[kind := (types[p], outcomes[p][0] or outcomes[p][1])] += 1
+            nth[p] = seen[kind]
+    shown = sorted(nth, key=nth.get)[:PICTURES]  # of each type the first won and lost, then the second …
     images, note = {}, "Cosine similarities; at the image that a statement found, ✓ if it is its own and ✗ if not."
     if len(shown) < len(nth):
-        note += f" {PICTURES} of {len(nth):,} are shown, of each type as many as of the others where there are."
+        note += f" {PICTURES} of {len(nth):,} are shown, as many of each type won as lost where there are."
     try:
         images = pictures(run, shown, mmvp or run.args["mmvp"])
     except (SystemExit, OSError) as gone:
@@ -361,89 +367,14 @@ def pair_sections(run: Run, mmvp: str | None) -> tuple[str, str]:
     return f"<h2>Pairs won and lost</h2>{cards}", f"<h2>The other pairs</h2>{table(rest, 'wide')}"
 
 
-PAGE = Template("""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>$heading ($folder)</title>
-<style>
-:root { color-scheme: light dark; --page: #fff; --box: #f6f8fa; --ink: #1b2026; --soft: #59636e; --line: #d5dbe1;
-  --before: #a3afbb; --after: #2463c9; --paper: #b35900; --won: #14713a; --lost: #b3261e }
-@media screen and (prefers-color-scheme: dark) { :root { --page: #14181d; --box: #1c2229; --ink: #e4e8ec;
-  --soft: #9aa5b1; --line: #343d47; --before: #616d79; --after: #79a8f5; --paper: #f0a04b; --won: #62c98a;
-  --lost: #f2837a } }
-* { box-sizing: border-box }
-body { max-width: 74rem; margin: auto; padding: clamp(1rem, 4vw, 3.5rem); background: var(--page); color: var(--ink);
-  font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; overflow-wrap: anywhere }
-h1, .big { font-size: clamp(1.7rem, 1.2rem + 2vw, 2.6rem); font-weight: 650; line-height: 1.15; letter-spacing: -.02em }
-h1 { margin: 0; text-wrap: balance }
-h2 { margin: 3.5rem 0 1rem; padding-top: .9rem; border-top: 1px solid var(--line); font-size: 1.3rem }
-h3 { margin: 0 0 .6rem; font-size: .95rem } h3 > * { margin-right: .6rem; white-space: nowrap }
-p, figure, dd { max-width: 44rem; margin: 0 0 .4rem }
-small, .note, thead th, dt { color: var(--soft); font-size: .875rem; font-weight: 400 }
-.stats, .charts, .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr));
-  gap: 1.5rem 2.5rem; align-items: start; margin: 1.5rem 0 }
-.charts figcaption { margin-bottom: .5rem; font-weight: 600 } .charts small { display: block }
-.legend span { margin-right: 1.5rem; white-space: nowrap }
-.legend span::before { content: ""; display: inline-block; width: 1.2em; margin-right: .5em; vertical-align: .2em;
-  border-top: 2px solid var(--key) }
-.legend .chance::before { border-top-style: dashed }
-.legend .before::before, .legend .after::before { border-width: .6em; vertical-align: 0 }
-.before { --key: var(--before) } .after { --key: var(--after) } .paper { --key: var(--paper); stroke-width: 3 }
-.interval { --key: var(--ink) } .grid { --key: var(--line) } .chance { --key: var(--soft); stroke-dasharray: 3 3 }
-svg { display: block; overflow: visible; fill: var(--ink); font-size: 13px; font-variant-numeric: tabular-nums }
-text { paint-order: stroke; stroke: var(--page); stroke-width: 6px; stroke-linejoin: round }
-rect { fill: var(--key) } line { stroke: var(--key) } .tick { fill: var(--soft); font-size: 11.5px }
-polyline { fill: none; stroke: var(--after); stroke-width: 2; stroke-linejoin: round; stroke-linecap: round;
-  vector-effect: non-scaling-stroke }
-polyline:not(:last-child) { stroke: var(--before); stroke-width: 1 } .dot { stroke-width: 7 }
-.scroll { overflow-x: auto; margin-top: 1.25rem }
-table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; overflow-wrap: normal }
-th, td { padding: .3rem 1.25rem .3rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top }
-thead th { vertical-align: bottom } tbody th { font-weight: 500 } tbody tr:last-child > * { border: 0 }
-.numbers td, .numbers th + th { text-align: right } .numbers td, .wide tbody th { white-space: nowrap }
-.wide td:nth-child(-n+4) { min-width: 10.5rem }
-.won { color: var(--won) } .lost { color: var(--lost) }
-article { padding: 1rem; border: 1px solid var(--line); border-radius: .5rem; background: var(--box) }
-article table { width: 100%; font-size: .8rem } article th, article td { padding: .2rem .3rem .2rem 0 }
-article .scroll { margin-top: .75rem }
-.two { display: grid; grid-template-columns: 1fr 1fr; gap: .75rem; font-size: .9rem; line-height: 1.35 }
-img { display: block; width: 100%; max-height: 14rem; margin-bottom: .4rem; object-fit: contain; object-position: 0 }
-dl { columns: 15rem; column-gap: 2.5rem; font-size: .875rem }
-dl div { border-bottom: 1px solid var(--line); padding-top: .4rem; break-inside: avoid }
-@media print { body { max-width: none; padding: 0; font-size: 10pt } table { font-size: 8pt } h2 { break-after: avoid }
-  th, td { padding-right: .6rem } .wide td:nth-child(-n+4) { min-width: 0 }
-  article, figure, tr { break-inside: avoid } * { print-color-adjust: exact; -webkit-print-color-adjust: exact } }
-</style>
-</head>
-<body>
-<header>
-<p class="note">DIVA: the run in $folder</p>
-<h1>$heading</h1>
-<div class="stats">$stats</div>
-<p>$summary</p>
-</header>
-<main>
-$scores
-$changed
-<h2>Training</h2>
-<div class="charts">$curves</div>
-<p class="note">$speed</p>
-<h2>Settings and versions</h2>
-<dl>$settings</dl>
-$others
-</main>
-</body>
-</html>
-""")
+PAGE = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
 
 
 def page(run: Run, mmvp: str | None = None) -> str:
     """The report as HTML; `mmvp` as in `pair_sections`."""
     scores = changed = others = ""
-    stats = "" if run.pairs else "<p>The same command with --mmvp scores it, once it is finished.</p>"
+    hint = "It is scored at its end." if run.args["mmvp"] else "The same command with --mmvp scores it."
+    stats = "" if run.pairs else f"<p>{hint}</p>"
     if run.pairs:
         for r, name in enumerate(READINGS):
             averages, change, pairs = headline(run, r)
