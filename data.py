@@ -74,7 +74,7 @@ class Shards:
 
     def __init__(self, paths: Sequence[str], progress: bool = True):
         self.shards = list(paths)
-        bar = tqdm(self.shards, desc="index", unit="shard", disable=not progress, leave=False)
+        bar = tqdm(self.shards, desc="index", unit="shard", disable=not progress, leave=False, delay=1)
         members = [shard_index(path) for path in bar]
         self.members = np.concatenate(members)  # (images, 2): offset and size in bytes
         self.ends = np.cumsum([len(m) for m in members])  # where each shard's images end in `members`
@@ -297,12 +297,14 @@ def read_batches(dataset: TrainingImages, keys: Callable[[], Iterator], workers:
                 came += 1
                 yield batch
             return
-        except RuntimeError as error:
-            if not str(error).startswith(("DataLoader worker", "Pin memory thread")):
+        except (RuntimeError, EOFError, OSError) as error:  # the latter two: it died with a batch under way
+            known = str(error).startswith(("DataLoader worker", "Pin memory thread"))
+            if isinstance(error, RuntimeError) and not known:
                 raise
+            error = str(error) or type(error).__name__
             if came == before:
                 raise SystemExit(f"the processes that read the images are killed again and again: {error}") from None
-            tqdm.write(f"{error}; its batches are read again", file=sys.stderr)
+            tqdm.write(f"a process that reads images has died ({error}); its batches are read again", file=sys.stderr)
             before, batches = came, None  # the old workers end before new ones start
 
 

@@ -143,7 +143,7 @@ def similarities(clip: Clip, pairs: list[Pair], device, batch_size: int = 32, pr
         except Exception as error:  # Pillow raises almost any exception on a broken file
             raise SystemExit(f"{path}: not a readable image ({brief(error)})") from None
 
-    bar = tqdm(total=2 * len(paths), desc="MMVP-VLM", disable=not progress, leave=False)
+    bar = tqdm(total=2 * len(paths), desc="MMVP-VLM", unit="encoding", disable=not progress, leave=False, delay=1)
     with torch.inference_mode(), bar, ThreadPoolExecutor() as pool:  # a GPU encodes faster than one core reads
         for start in range(0, len(paths), batch_size):
             batch = list(pool.map(read, paths[start : start + batch_size]))
@@ -307,7 +307,9 @@ def main() -> None:
     )
     parser.error = sys.exit  # a sentence, without the usage in front of it
     parser.add_argument("clips", nargs="+", metavar="CLIP", help="the CLIPs to evaluate")
-    parser.add_argument("--mmvp", default="MMVP/MMVP_VLM", metavar="PATH", help="or a folder (default: %(default)s)")
+    parser.add_argument(
+        "--mmvp", default="MMVP/MMVP_VLM", metavar="PATH", help="the hub's data set, or a folder (default: %(default)s)"
+    )
     parser.add_argument("--out", metavar="DIR", help="write scores.json and pairs.csv there")
     parser.add_argument("--batch-size", type=int, default=32, help="images encoded at once (default: %(default)s)")
     args = parser.parse_args()

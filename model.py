@@ -454,6 +454,8 @@ def replaced_folder(folder: str | os.PathLike):
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
         yield new
+        for path in new.iterdir():
+            path.chmod(new.stat().st_mode & 0o666)  # safetensors' are for their owner alone
         for path in (*new.iterdir(), new):
             synchronise(path)
         if replaced := folder.exists():

@@ -1016,10 +1016,30 @@ def test_a_killed_data_worker_is_replaced(models, tmp_path, monkeypatch, whole, 
 
     monkeypatch.setattr(train, "denoising_loss", kill)
     run(models, tmp_path / "run", *STEPS, "--steps", "12", "--workers", "1")
-    assert "DataLoader worker" in capfd.readouterr().err and len(calls) == 12
+    assert "its batches are read again" in capfd.readouterr().err and len(calls) == 12
     monkeypatch.setattr(train, "denoising_loss", loss)
     run(models, tmp_path / "whole", *STEPS, "--steps", "12")
     same_run(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError("reset"), EOFError(), RuntimeError("DataLoader worker died")])
+def test_a_data_worker_that_dies_with_a_batch_under_way_is_replaced(monkeypatch, error):
+    """Its batch is asked for again, and those that came are not; a death before any batch came ends the run."""
+    asked, hopeless = [], False
+
+    def loader(dataset, batch_sampler, **options):
+        for keys in batch_sampler:
+            asked.append(keys)
+            if keys == 2 and (asked.count(keys) == 1 or hopeless):
+                raise error
+            yield keys
+
+    monkeypatch.setattr(data, "DataLoader", loader)
+    assert list(data.read_batches(None, lambda: iter(range(4)), 1)) == [0, 1, 2, 3] and asked == [0, 1, 2, 2, 3]
+    hopeless = True
+    with pytest.raises(SystemExit, match="killed again and again: (reset|EOFError|DataLoader worker died)"):
+        list(data.read_batches(None, lambda: iter(range(4)), 1))
+    assert asked[5:] == [0, 1, 2, 2]
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

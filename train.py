@@ -142,8 +142,8 @@ def check_args(args: argparse.Namespace) -> None:
     at_once = args.micro_batch * PROCESSES
     if args.batch_size % at_once:
         raise SystemExit(
-            f"--batch-size {args.batch_size}: must be a multiple of {at_once}, "
-            f"which is --micro-batch {args.micro_batch} × {PROCESSES} processes"
+            f"--batch-size {args.batch_size}: must be a multiple of {at_once}, which is "
+            f"--micro-batch {args.micro_batch} × {PROCESSES} process{'es' * (PROCESSES > 1)}; change one of them"
         )
     if args.warmup > 1:
         raise SystemExit(f"--warmup {args.warmup}: is a share of the steps, 0 to 1")

@@ -76,7 +76,7 @@ class Log:
         every = 0.5 if sys.stderr.isatty() else 30  # seconds: a log file needs no more
         self.bar = tqdm(
             total=args.steps, initial=first_step, unit="step", mininterval=every, dynamic_ncols=True,
-            disable=not self.first,
+            disable=not self.first, bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
         )
         self.time = time.perf_counter()
 

@@ -382,7 +382,8 @@ def page(run: Run, mmvp: str | None = None) -> str:
             stats += f'<div><p class="note">{name}, {own}</p><p class="big">{averages}</p>'
             stats += f"<p>{change}</p><p>{pairs}</p><p>{verdict(run, r)}.</p></div>"
             scores += f"<figure><figcaption>{name}<small>pairs right, %</small></figcaption>{bars(run, r)}</figure>"
-        kinds = dict(before="before", after="after", interval="95% interval", chance="chance", paper="paper")
+        kinds = {kind: kind for kind in ("before", "after", "interval", "chance", "paper")}
+        kinds["interval"] = "95% interval of the average"
         kinds = [item for item in kinds.items() if item[0] != "paper" or run.paper]
         legend = "".join(f'<span class="{kind}">{name}</span>' for kind, name in kinds)
         scores = f'<h2>Scores by type</h2><p class="legend">{legend}</p><div class="charts">{scores}</div>'

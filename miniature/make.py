@@ -526,11 +526,13 @@ def main() -> None:
         diffusion=lambda: make_diffusion(args.out, args.seed),
         check=lambda: check(args.out, args.samples),
     )  # fmt: skip
+    if args.part == "mmvp" and args.out.exists() and any(args.out.iterdir()):
+        raise SystemExit(f"{args.out}: is not empty; a benchmark takes a folder of its own")
     args.out.mkdir(parents=True, exist_ok=True)
     for name in make if args.part == "all" else [args.part]:
         start = time.perf_counter()
         make[name]()
-        print(f"{name}: {time.perf_counter() - start:.0f} s on {DEVICE.type}", flush=True)
+        print(f"{name}: {time.perf_counter() - start:.0f} s on {DEVICE.type}, in {args.out}", flush=True)
 
 
 if __name__ == "__main__":
