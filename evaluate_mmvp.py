@@ -39,7 +39,7 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from condition import visual_tokens
-from model import RECIPES, Clip, brief, load_clip, locate_clip, one_sentence, recipe_of
+from model import RECIPES, Clip, brief, load_clip, locate_clip, one_sentence, recipe_of, write_whole
 
 torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32, which CUDA's convolutions are not by default
 READINGS = ("cls", "cls+local")
@@ -285,8 +285,8 @@ def save_scores(folder: str | os.PathLike, names: list[str], cosines: list[np.nd
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
         writer.writerows(rows)
-    (folder / "scores.part").write_text(json.dumps(dict(pairs=len(pairs), clips=scores), indent=2) + "\n")
-    (folder / "scores.part").replace(folder / "scores.json")  # last, and whole: it says that the run was evaluated
+    scores = json.dumps(dict(pairs=len(pairs), clips=scores), indent=2) + "\n"
+    write_whole(folder / "scores.json", scores)  # last: it says that the run was evaluated
 
 
 def report(names: list[str], cosines: list[np.ndarray], pairs: list[Pair], recipes: list[str | None]) -> str:

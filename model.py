@@ -472,6 +472,16 @@ def replaced_folder(folder: str | os.PathLike):
         shutil.rmtree(old, ignore_errors=True)
 
 
+def write_whole(path: Path, content: str) -> None:
+    """Writes a file that has its name only once it is whole."""
+    part = path.with_suffix(".part")
+    try:
+        part.write_text(content, encoding="utf-8", errors="replace")  # names of files may be no text
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def synchronise(path: Path) -> None:
     """Waits until a file, or a folder's list of names, is on the disk."""
     handle = os.open(path, os.O_RDONLY)

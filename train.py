@@ -25,7 +25,7 @@ from pathlib import Path
 
 from model import RECIPES, Clip, Diffusion, Recap, Recipe, check_diffusion, load_checkpoint, load_clip
 from model import embed_phrases, load_diffusion, locate_clip, one_sentence, parse_recap, read_state, recipe_of
-from model import save_checkpoint, save_clip, synchronise
+from model import save_checkpoint, save_clip, synchronise, write_whole
 
 PROCESSES = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1  # torchrun says how many there are
 FREE = {"micro_batch", "compile", "grad_checkpointing", "save_every", "mmvp", "out", "workers", "overwrite"}
@@ -319,9 +319,7 @@ def open_out(args: argparse.Namespace) -> None:
     out.mkdir(parents=True, exist_ok=True)
     packages = ("torch", "open_clip_torch", "diffusers", "transformers")
     versions = {name: importlib.metadata.version(name) for name in packages}
-    part = out / "args.part"
-    part.write_text(json.dumps(vars(args) | dict(versions=versions), indent=2) + "\n")
-    part.replace(out / "args.json")
+    write_whole(out / "args.json", json.dumps(vars(args) | dict(versions=versions), indent=2) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

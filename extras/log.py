@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from condition import VisualCondition
 from data import TrainingImages
-from model import Clip, Stopped
+from model import Clip, Stopped, write_whole
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # what clusters and people send to end a run
 
@@ -70,9 +70,7 @@ class Log:
         self.handlers = [signal.signal(number, self.note_signal) for number in SIGNALS]
         self.path = Path(args.out) / "metrics.jsonl"
         if self.first and self.path.exists():  # a resumed run: the lines after its checkpoint come again
-            part = self.path.with_suffix(".part")
-            part.write_bytes(b"".join(self.path.read_bytes().splitlines(True)[:first_step]))
-            part.replace(self.path)
+            write_whole(self.path, "".join(self.path.read_text().splitlines(True)[:first_step]))
         every = 0.5 if sys.stderr.isatty() else 30  # seconds: a log file needs no more
         self.bar = tqdm(
             total=args.steps, initial=first_step, unit="step", mininterval=every, dynamic_ncols=True,

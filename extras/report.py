@@ -28,7 +28,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from evaluate_mmvp import BASELINES, READINGS, TYPES, Pair, average, read_mmvp, type_names, type_scores
-from model import RECIPES, brief, one_sentence, read_state, recipe_of
+from model import RECIPES, brief, one_sentence, read_state, recipe_of, write_whole
 
 PICTURES = 100  # pairs shown with their images, at most: 2 to 3 MB
 CURVES = dict(loss="Loss: mean squared error", grad_norm="Norm of its gradient, unclipped", lr="Learning rate")
@@ -407,16 +407,6 @@ def page(run: Run, mmvp: str | None = None) -> str:
     )
 
 
-def write(path: Path, content: str) -> None:
-    """Whole or not at all."""
-    part = path.with_suffix(".part")
-    try:
-        part.write_text(content, encoding="utf-8", errors="replace")  # names of files may be no text
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The card; whatever comes from a file goes through `markdown`
 
@@ -492,7 +482,7 @@ def write_report(folder: Path, mmvp: str | None = None) -> str:
     if run.finished and (folder / "clip").is_dir():
         files[folder / "clip" / "README.md"] = card(run)
     for path, content in files.items():
-        write(path, content)
+        write_whole(path, content)
     return "written: " + ", ".join(map(str, files))
 
 
