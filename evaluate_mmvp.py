@@ -285,8 +285,8 @@ def save_scores(folder: str | os.PathLike, names: list[str], cosines: list[np.nd
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
         writer.writerows(rows)
-    scores = json.dumps(dict(pairs=len(pairs), clips=scores), indent=2) + "\n"
-    write_whole(folder / "scores.json", scores)  # last: it says that the run was evaluated
+    content = json.dumps(dict(pairs=len(pairs), clips=scores), indent=2) + "\n"
+    write_whole(folder / "scores.json", content)  # last: it says that the run was evaluated
 
 
 def report(names: list[str], cosines: list[np.ndarray], pairs: list[Pair], recipes: list[str | None]) -> str:

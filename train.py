@@ -28,6 +28,7 @@ from model import embed_phrases, load_diffusion, locate_clip, one_sentence, pars
 from model import save_checkpoint, save_clip, synchronise, write_whole
 
 PROCESSES = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1  # torchrun says how many there are
+# what may change when a run goes on
 FREE = {"micro_batch", "compile", "grad_checkpointing", "save_every", "mmvp", "out", "workers", "overwrite"}
 
 
@@ -300,8 +301,7 @@ def check_out(args: argparse.Namespace) -> dict:
     if state is None:
         return dict(step=0, unreadable=0)
     found = state["args"]
-    bound = [k for k in here if k not in FREE and found.get(k) != here[k]]  # FREE: may change when a run goes on
-    what = [f"{k} {found.get(k)!r} there, {here[k]!r} here" for k in bound]
+    what = [f"{k} {found.get(k)!r} there, {here[k]!r} here" for k in here if k not in FREE and found.get(k) != here[k]]
     if what:
         raise SystemExit(f"{args.out}: holds another run ({'; '.join(what)}); name another --out or --overwrite")
     return state
