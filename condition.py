@@ -1,25 +1,15 @@
 """From an image to the diffusion model's condition: Algorithm 1, lines 2 and 3 (paper, section 3.3).
 
-    visual tokens V  →  dense recap  →  linear layer  →  joined with the text's embedding  =  condition c
+visual tokens V  →  dense recap  →  linear layer  →  joined with the text's embedding  =  condition c
 """
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional as F
 
-
-def count_patches(visual: nn.Module) -> int:
-    """P, the number of local tokens of a vision tower of open_clip.
-
-    Raises:
-        SystemExit: it is neither a ViT that pools by class token nor a timm tower that pools by attention.
-    """
-    if getattr(visual, "pool_type", None) == "tok" and visual.attn_pool is None and not visual.final_ln_after_pool:
-        return visual.grid_size[0] * visual.grid_size[1]
-    trunk = getattr(visual, "trunk", None)
-    if getattr(trunk, "attn_pool", None) is not None and isinstance(trunk.head, nn.Identity) and not len(visual.head):
-        return trunk.patch_embed.num_patches
-    raise SystemExit("this vision tower is neither a ViT with a class token nor a timm one that pools by attention")
+from harness.errors import UserError
+from harness.recipes import Recap
 
 
 def visual_tokens(visual: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,57 +34,36 @@ def visual_tokens(visual: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor
     return out["image_features"], local
 
 
-def draw_patches(patches: int, count: int, states: int, rng: np.random.Generator) -> np.ndarray:
-    """For each noisy state, `count` of an image's `patches` patches without replacement: (states, count) int64."""
-    return np.stack([rng.permutation(patches)[:count] for _ in range(states)])
-
-
 def dense_recap(
-    cls: torch.Tensor, local: torch.Tensor, patches: torch.Tensor | None, window: int | None
+    cls: torch.Tensor, local: torch.Tensor, recap: Recap, patches: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Visual dense recap (section 3.3; Alg. 1, line 3): the class token and a part of the local tokens.
 
-    The class token alone makes the reconstruction too hard to teach anything, all patches make it too easy.
+    The paper: with all local tokens, reconstruction is too easy to teach anything; with none, it is too hard. (Two
+    later methods, GenHancer and DCR, found the class token alone to be best.)
 
     Args:
         cls: (B, D).
         local: (B, P, D).
-        patches: (B, N, K) int64, the random patches of each of N states; K = 0 leaves the class token alone.
-            None: every local token, the same for all states.
-        window: without patches, local tokens are averaged in runs of this many; a last incomplete run is dropped.
+        recap: of `recipes.parse_recap`: K local tokens; "pool" averages them in windows and drops a last short one.
+        patches: (B, N, K) int64, for "random": which patches join in each of the N states.
 
     Returns:
         (B, N, 1 + K, D); N is 1 where the states do not differ.
     """
-    if patches is None:
-        runs = local.shape[1] // window
-        chosen = local[:, : runs * window].unflatten(1, (runs, window)).mean(2)[:, None]  # (B, 1, P // window, D)
-    else:
+    if recap.kind == "random":
         rows = torch.arange(len(local), device=local.device)[:, None, None]
         chosen = local[rows, patches]  # (B, N, K, D)
+    else:  # "all" is windows of one, "none" no window
+        windows = local[:, : recap.count * recap.window].unflatten(1, (recap.count, recap.window))
+        chosen = windows.mean(2)[:, None]  # (B, 1, K, D)
     cls = cls[:, None, None].expand(-1, chosen.shape[1], -1, -1)  # (B, N, 1, D)
     return torch.cat([cls, chosen], dim=2)
 
 
-@torch.no_grad()
-def fit_projection(projection: nn.Linear, phrases: torch.Tensor, states: torch.Tensor, tokens: torch.Tensor) -> None:
-    """Starts the linear layer where the U-Net's cross-attention expects words, in place of at random; not the paper's.
-
-    Least squares (a ridge of a hundredth of the variance) from CLIP's embeddings of some phrases to φ's own text
-    states of the same phrases. Visual tokens are no texts, so they are first brought to the phrases' mean and spread.
-
-    Args:
-        projection: D → W, changed in place.
-        phrases: (n, D), CLIP's text embeddings.
-        states: (n, W), φ's text states less those of the text that joins.
-        tokens: (m, D), the visual tokens of some images.
-    """
-    spread = phrases.var(0).mean().sqrt()
-    x, y = (phrases - phrases.mean(0)) / spread, states - states.mean(0)
-    weight = torch.linalg.solve(x.T @ x + 0.01 * len(x) * torch.eye(x.shape[1], device=x.device), x.T @ y)  # (D, W)
-    weight /= tokens.var(0).mean().sqrt()
-    projection.weight.copy_(weight.T)
-    projection.bias.copy_(states.mean(0) - tokens.mean(0) @ weight)
+def draw_patches(patches: int, count: int, states: int, rng: np.random.Generator) -> np.ndarray:
+    """For each noisy state, `count` of an image's `patches` patches without replacement: (states, count) int64."""
+    return np.stack([rng.permutation(patches)[:count] for _ in range(states)])
 
 
 class VisualCondition(nn.Module):
@@ -102,20 +71,80 @@ class VisualCondition(nn.Module):
 
     Args:
         clip, diffusion: of model.py; `diffusion` is not kept: φ stays outside what is trained and synchronised.
-        recap: of `model.parse_recap`.
+        recap: of `recipes.parse_recap`.
         join: "positions" adds the text's embedding position by position, "mean" its mean over positions to every token.
         seed: of the linear layer's random start, the same on every device.
     """
 
-    def __init__(self, clip, diffusion, recap, join: str, seed: int):
+    def __init__(self, clip, diffusion, recap: Recap, join: str, seed: int):
         super().__init__()
         torch.manual_seed(seed)
         self.visual = clip.model.visual
         self.projection = nn.Linear(clip.config["embed_dim"], diffusion.text.shape[-1])  # D → W
-        self.count, self.window, self.join = recap.count, recap.window, join
+        self.recap, self.join, self.dtype = recap, join, diffusion.unet.dtype
 
-    def forward(self, images: torch.Tensor, text: torch.Tensor, patches: torch.Tensor | None = None) -> torch.Tensor:
-        """Images for CLIP (B, 3, s, s), text (1, L, W), patches (B, N, K) or None → condition c (B, N, 1 + K, W)."""
-        cls, local = visual_tokens(self.visual, images)  # Alg. 1, line 2
-        tokens = self.projection(dense_recap(cls, local, patches, self.window))  # Alg. 1, line 3: (B, N, 1 + K, W)
-        return tokens + (text if self.join == "positions" else text.mean(1, keepdim=True))
+    def forward(self, images: torch.Tensor, text: torch.Tensor, patches: torch.Tensor | None = None) -> tuple:
+        """Images for CLIP (B, 3, s, s), text (1, L, W), patches (B, N, K) or None → condition c (B, N, 1 + K, W), and
+        the class token (B, D) behind it.
+
+        N is 1 where the states share c. A class token alone that joins by position stands at all L: (B, 1, L, W).
+        """
+        kind = "cuda" if images.is_cuda else "cpu"
+        with torch.autocast(kind, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            cls, local = visual_tokens(self.visual, images)  # Alg. 1, line 2: V
+            return self.condition(cls, local, text, patches), cls  # Alg. 1, line 3: c
+
+    def condition(self, cls, local, text, patches=None) -> torch.Tensor:
+        """Visual tokens (B, D) and (B, P, D) → condition c; the rest as in `forward` (Alg. 1, line 3)."""
+        tokens = self.projection(dense_recap(cls, local, self.recap, patches))  # (B, N, 1 + K, W)
+        if self.join == "mean":
+            return tokens + text.mean(1, keepdim=True)
+        if self.recap.kind == "none":  # one token, added at every position but the first, the start token's
+            tokens = F.pad(tokens.expand(-1, -1, text.shape[1] - 1, -1), (0, 0, 1, 0))  # (B, 1, L, W)
+        return tokens + text
+
+
+@torch.no_grad()
+def fit_projection(projection: nn.Linear, phrases: torch.Tensor, states: torch.Tensor, tokens: torch.Tensor) -> None:
+    """Starts the linear layer where the U-Net expects a sentence, in place of at random; not the paper's.
+
+    From CLIP's text embeddings of some phrases to φ's states of the same phrases goes a ridge regression. An image's
+    class token is no text: it is first brought to the phrases' mean and covariance, by the linear map that moves it
+    least (optimal transport between two normal distributions).
+
+    Args:
+        projection: D → W, changed in place.
+        phrases: (n, D), CLIP's text embeddings.
+        states: (n, W), φ's states of the end token, less that of the text that joins.
+        tokens: (m, D), the class tokens of some images.
+    """
+    x, y, v = (a.double() - a.double().mean(0) for a in (phrases, states, tokens))
+    text, image = (a.T @ a / len(a) for a in (x, v))  # covariances, (D, D)
+    eye = torch.eye(len(text), dtype=torch.float64, device=text.device)
+    text_to_state = torch.linalg.solve(text + 0.01 * text.trace() / len(text) * eye, x.T @ y / len(x))  # (D, W)
+    image = image + 0.02 * image.trace() / len(image) * eye
+    root, inverse = matrix_power(image, 0.5), matrix_power(image, -0.5)
+    image_to_text = inverse @ matrix_power(root @ text @ root, 0.5) @ inverse  # (D, D), symmetric
+    weight = image_to_text @ text_to_state  # (D, W)
+    projection.weight.copy_(weight.T)
+    projection.bias.copy_(states.double().mean(0) - tokens.double().mean(0) @ weight)
+
+
+def matrix_power(symmetric: torch.Tensor, power: float) -> torch.Tensor:
+    """A power of a symmetric matrix without negative eigenvalues."""
+    values, vectors = torch.linalg.eigh(symmetric)
+    return vectors * values.clamp(min=1e-12) ** power @ vectors.T
+
+
+def count_patches(visual: nn.Module) -> int:
+    """P, the number of local tokens of a vision tower of open_clip.
+
+    Raises:
+        UserError: it is neither a ViT that pools by class token nor a timm tower that pools by attention.
+    """
+    if getattr(visual, "pool_type", None) == "tok" and visual.attn_pool is None and not visual.final_ln_after_pool:
+        return visual.grid_size[0] * visual.grid_size[1]
+    trunk = getattr(visual, "trunk", None)
+    if getattr(trunk, "attn_pool", None) is not None and isinstance(trunk.head, nn.Identity) and not len(visual.head):
+        return trunk.patch_embed.num_patches
+    raise UserError("this vision tower is neither a ViT with a class token nor a timm one that pools by attention")

@@ -12,19 +12,19 @@ the device therefore change no draw.
 import contextlib
 import glob
 import io
-import itertools
 import os
 import signal
-import sys
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
+
+from harness.errors import UserError, brief
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 SYNTHETIC = 1_000_000  # images in the set `synthetic`
@@ -41,19 +41,23 @@ def stays_inside(name: str) -> bool:
     return not name.startswith("/") and ".." not in name.split("/")
 
 
+def image_paths(folder: str) -> Iterator[str]:
+    """The images below a folder. Regular files only: to read from a pipe would wait for ever."""
+    for entry in os.scandir(folder):
+        if entry.is_dir(follow_symlinks=False):
+            yield from image_paths(entry.path)
+        elif is_image(entry.name) and entry.is_file():
+            yield entry.path
+
+
 class ImageFiles:
     """The images below a folder, sorted by path. `len(files)`, `files.read(i)` → bytes, `files.name(i)` → str."""
 
     def __init__(self, folder: str):
         self.folder = folder
-        paths = sorted(
-            os.path.relpath(os.path.join(directory, name), folder)
-            for directory, _, names in os.walk(folder)
-            for name in names
-            if is_image(name)
-        )
+        paths = sorted(os.path.relpath(path, folder) for path in image_paths(folder))
         if not paths:
-            raise SystemExit(f"{folder}: no images in this folder; shards are named by a glob: '{folder}/*.tar'")
+            raise UserError(f"{folder}: no images in this folder; shards are named by a glob: '{folder}/*.tar'")
         self.paths = np.array([os.fsencode(path) for path in paths])  # bytes: a quarter of the memory of str
 
     def __len__(self) -> int:
@@ -79,7 +83,7 @@ class Shards:
         self.members = np.concatenate(members)  # (images, 2): offset and size in bytes
         self.ends = np.cumsum([len(m) for m in members])  # where each shard's images end in `members`
         if not len(self):
-            raise SystemExit(f"{self.shards[0]}: no images ({', '.join(IMAGE_SUFFIXES)}) in these shards")
+            raise UserError(f"{self.shards[0]}: no images ({', '.join(IMAGE_SUFFIXES)}) in these shards")
 
     def __len__(self) -> int:
         return len(self.members)
@@ -100,25 +104,27 @@ class Shards:
 def shard_index(path: str) -> np.ndarray:
     """Offset and size in bytes of every image in a plain tar, (images, 2) int64, in the tar's order.
 
-    Cached as PATH.index.npy, or in the user's cache folder where that cannot be written; the first row holds the
-    shard's own size and modification time, so that a changed shard is indexed again. SystemExit: not a plain tar.
+    Cached in the user's cache folder; the first row there holds the shard's own size and modification time, so that a
+    changed shard is indexed again.
+
+    Raises:
+        UserError: it is not a plain, whole tar.
     """
     stat = os.stat(path)
+    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "diva"
+    cache = folder / (os.path.abspath(path).strip("/").replace("/", "%") + ".npy")
     stamp = np.array([[stat.st_size, stat.st_mtime_ns]])
-    cache_folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "diva"
-    caches = [Path(path + ".index.npy"), cache_folder / (os.path.abspath(path).strip("/").replace("/", "%") + ".npy")]
-    for cache in caches:
-        try:
-            index = np.load(cache, allow_pickle=False)
-            fresh = index.dtype == np.int64 and np.array_equal(index[:1], stamp)
-            if fresh and index.min() >= 0 and index[1:].max(initial=0) <= stat.st_size:
-                return index[1:]
-        except Exception:  # absent, or NumPy's many ways to say that it is no array: made again below
-            pass
+    try:
+        index = np.load(cache, allow_pickle=False)
+        fresh = index.dtype == np.int64 and np.array_equal(index[:1], stamp)
+        if fresh and index.min() >= 0 and index[1:].max(initial=0) <= stat.st_size:
+            return index[1:]
+    except Exception:  # absent, or NumPy's many ways to say that it is no array: made again below
+        pass
 
     with open(path, "rb") as shard:
         if shard.read(2) == b"\x1f\x8b":
-            raise SystemExit(f"{path}: gzipped, so no image can be read alone; unpack it: gzip -dc {path} > NEW.tar")
+            raise UserError(f"{path}: gzipped, so no image can be read alone; unpack it: gzip -dc {path} > NEW.tar")
     try:
         with tarfile.open(path, "r:") as tar:
             rows = []
@@ -129,35 +135,34 @@ def shard_index(path: str) -> np.ndarray:
                     rows.append((member.offset_data, member.size))
                 tar.members.clear()  # it keeps a kilobyte of each
     except Exception as error:  # tarfile raises more than its own kind on a broken header
-        raise SystemExit(f"{path}: not a whole tar file ({error})") from None
+        raise UserError(f"{path}: not a whole tar file ({error})") from None
     members = np.array(rows, dtype=np.int64).reshape(-1, 2)
-    for cache in caches:
-        part = cache.with_name(f"{cache.name}.{os.getpid()}")
+    part = cache.with_name(f"{cache.name}.{os.getpid()}")
+    with contextlib.suppress(OSError):  # a read-only place or a full disk: the next start is slower, no more
+        folder.mkdir(parents=True, exist_ok=True)
         try:
-            cache.parent.mkdir(parents=True, exist_ok=True)
             with open(part, "wb") as file:
                 np.save(file, np.concatenate([stamp, members]))
             os.replace(part, cache)  # whole or not at all, also when several processes write it
-            break
-        except OSError:  # a read-only place or a full disk: without any cache the next start is slower, no more
-            with contextlib.suppress(OSError):
-                part.unlink()
+        finally:
+            part.unlink(missing_ok=True)
     return members
 
 
 def open_images(source: Sequence[str], progress: bool = True) -> ImageFiles | Shards | None:
     """The images of `source`: one folder, or any number of shards, as paths or globs; None for `synthetic`.
 
-    SystemExit: a path that does not exist, holds no image, or is not a plain tar, named in one sentence.
+    Raises:
+        UserError: a path does not exist, holds no image, or is not a plain tar.
     """
     if list(source) == ["synthetic"]:
         return None
     paths = [path for pattern in source for path in (sorted(glob.glob(pattern)) or [pattern])]
     for path in paths:
-        if not os.path.exists(path):
-            raise SystemExit(f"{path}: no such file or folder (--data takes a folder, shards or a glob of shards)")
+        if not os.path.isfile(path) and not os.path.isdir(path):
+            raise UserError(f"{path}: no such file or folder (--data takes a folder, shards or a glob of shards)")
         if os.path.isdir(path) and len(paths) > 1:
-            raise SystemExit(f"{path}: a folder among shards; --data takes one folder of images, or only shards")
+            raise UserError(f"{path}: a folder among shards; --data takes one folder of images, or only shards")
     return ImageFiles(paths[0]) if os.path.isdir(paths[0]) else Shards(paths, progress)
 
 
@@ -252,7 +257,8 @@ class TrainingImages(Dataset):
                 image = decode_crop(self.files.read(i), self.size, rng)
                 return dict(images=image, unreadable=unreadable, **drawn)
             except Exception as error:  # Pillow raises almost any exception on a broken file
-                unreadable.append(f"{self.files.name(i)} ({type(error).__name__}: {error})")
+                reason = "not an image" if isinstance(error, UnidentifiedImageError) else brief(error)
+                unreadable.append(f"{self.files.name(i)} ({reason})")
         return dict(images=torch.zeros(3, self.size, self.size, dtype=torch.uint8), unreadable=unreadable, **drawn)
 
 
@@ -267,45 +273,36 @@ def collate(items: list[dict]) -> dict:
     return dict(default_collate(items), unreadable=unreadable)
 
 
-def micro_batches(first: int, steps: int, batch_size: int, micro_batch: int, rank: int, processes: int) -> Iterator:
+def batch_keys(first: int, steps: int, batch_size: int, micro_batch: int, rank: int, processes: int) -> Iterator:
     """The (step, position) keys of each micro-batch of process `rank`, from step `first` to the last."""
     for step in range(first, steps):
         for start in range(rank * micro_batch, batch_size, processes * micro_batch):
             yield [(step, position) for position in range(start, start + micro_batch)]
 
 
-def read_batches(dataset: TrainingImages, keys: Callable[[], Iterator], workers: int) -> Iterator[dict]:
-    """The batches of `keys()`, read ahead by `workers` processes (0: by this one).
+def read_batches(dataset: TrainingImages, keys: Iterator, workers: int, device: torch.device) -> Iterator[dict]:
+    """The batches of `keys` on `device`, pixels in [0, 1]; `workers` processes read ahead (0: this one reads).
 
-    A worker that is killed costs nothing but time: a batch is a function of its keys, so reading starts again after
-    the last one that came. SystemExit: killed again before a single batch came.
+    Raises:
+        UserError: one of these processes was killed; the run goes on from its last save.
     """
-    came, before, batches = 0, -1, None
-    while True:
-        loader = DataLoader(
-            dataset,
-            batch_sampler=itertools.islice(keys(), came, None),
-            collate_fn=collate,
-            num_workers=workers,
-            pin_memory=torch.cuda.is_available(),
-            worker_init_fn=leave_signals_to_the_run,
-        )
-        try:
-            batches = iter(loader)
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise a worker's death in the middle of a step
-            for batch in batches:
-                came += 1
-                yield batch
-            return
-        except (RuntimeError, EOFError, OSError) as error:  # the latter two: it died with a batch under way
-            known = str(error).startswith(("DataLoader worker", "Pin memory thread"))
-            if isinstance(error, RuntimeError) and not known:
-                raise
-            error = str(error) or type(error).__name__
-            if came == before:
-                raise SystemExit(f"the processes that read the images are killed again and again: {error}") from None
-            tqdm.write(f"a process that reads images has died ({error}); its batches are read again", file=sys.stderr)
-            before, batches = came, None  # the old workers end before new ones start
+    loader = DataLoader(
+        dataset,
+        batch_sampler=keys,
+        collate_fn=collate,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=leave_signals_to_the_run,
+    )
+    batches = iter(loader)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise a reader's death in the middle of a step
+    try:
+        for batch in batches:
+            yield to_device(batch, device)
+    except (RuntimeError, EOFError, OSError) as error:  # the latter two: it died with a batch under way
+        if isinstance(error, RuntimeError) and not str(error).startswith(("DataLoader worker", "Pin memory thread")):
+            raise
+        raise UserError(f"a process that reads images has died ({brief(error)}); the same command goes on") from None
 
 
 def leave_signals_to_the_run(worker: int) -> None:

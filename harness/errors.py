@@ -1,0 +1,62 @@
+"""A user's mistake is a sentence: library code raises UserError, and the commands alone end with it."""
+
+import contextlib
+import os
+import re
+import sys
+import time
+
+NO_MEMORY = re.compile("out of memory|(can't|cannot) allocate memory", re.IGNORECASE)
+LOST_PEER = re.compile("(closed|reset) by peer|remote process|Broken pipe|Socket closed")
+
+
+class UserError(Exception):
+    """What a user can mend: one sentence that says what is wrong, where, and what to do."""
+
+    exit_code = 2
+
+
+class Stopped(UserError):
+    """A run that ends because a signal asked for it; its exit code is the one that shells give to that signal."""
+
+    def __init__(self, sentence: str, signal: int):
+        super().__init__(sentence)
+        self.exit_code = 128 + signal
+
+
+def fail(message: str) -> None:
+    """Raises UserError; an ArgumentParser's `error`, so that its sentence comes without the usage in front of it."""
+    raise UserError(message)
+
+
+def brief(error: Exception) -> str:
+    """An exception's message in one line of at most 400 characters: libraries write paragraphs."""
+    message = " ".join(str(error).split()) or type(error).__name__
+    return message if len(message) <= 400 else message[:400] + " …"
+
+
+@contextlib.contextmanager
+def one_sentence(command: str, less_memory: str = "close other programs"):
+    """Ends `command` on a user's mistake, or on what the machine refuses (OSError), with its sentence on stderr.
+
+    Exit code 2; 128 and its number for a signal; 1 where another process has died. A bug keeps its traceback.
+    `less_memory` says what to do where there is not enough memory.
+    """
+    try:
+        yield
+    except (UserError, OSError, RuntimeError, MemoryError, KeyboardInterrupt) as error:
+        main, sentence, code = os.environ.get("RANK", "0") == "0", str(error), getattr(error, "exit_code", 2)
+        if isinstance(error, Stopped) and not main:
+            sys.exit(code)  # all processes stop, and the main one says it
+        if isinstance(error, KeyboardInterrupt):
+            sentence, code = "interrupted", 130
+        elif isinstance(error, MemoryError) or NO_MEMORY.search(sentence):
+            sentence = f"not enough memory; {less_memory}"
+        elif isinstance(error, RuntimeError):
+            if not LOST_PEER.search(sentence):
+                raise
+            main, sentence, code = False, "another process has died; the error to read is its own", 1
+        if not main:
+            time.sleep(3)  # under torchrun the main process, or the one that failed, is the first to say it
+        print(f"{command}: {sentence}", file=sys.stderr, flush=True)
+        sys.exit(code)

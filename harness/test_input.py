@@ -1,0 +1,516 @@
+"""What people and disks give: odd pictures are read, and what cannot be used ends in a sentence."""
+
+from test_smoke import CPU, ROOT, SMALL  # first: it sets what the libraries read when they are imported
+from test_smoke import jpeg, run, settings, write_clip, write_mmvp, write_shard
+
+import ast
+import errno
+import http.server
+import io
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import tarfile
+import threading
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import evaluate_mmvp
+import model
+from harness.checkpoint import load_checkpoint, read_state, save_checkpoint
+from harness.errors import Stopped, UserError, one_sentence
+from harness.mmvp import Pair, read_mmvp
+from harness.options import parse_args
+from harness.recipes import MINIATURE, SD21, SD21_MIRROR, parse_recap
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_a_folder_is_read_recursively(tmp_path):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    for name in ("z.jpg", "a/x.PNG", "a/b/y.webp", "a/notes.txt", "a/._x.png"):
+        (tmp_path / name).write_bytes(name.encode())
+    os.mkfifo(tmp_path / "a" / "pipe.jpg")  # to read it would wait for ever
+    (tmp_path / "folder.jpg").mkdir()
+    files = data.open_images([f"{tmp_path}"])
+    assert [files.read(i) for i in range(len(files))] == [b"a/b/y.webp", b"a/x.PNG", b"z.jpg"]
+
+
+def test_images_come_out_as_a_person_sees_them():
+    ramp = np.linspace(0, 255, 64, dtype=np.uint8)[None].repeat(64, 0)  # dark on the left, light on the right
+    grey = Image.fromarray(ramp)
+    see = {mode: grey.convert(mode) for mode in ("L", "RGB", "P", "LA", "RGBA")}
+    see["CMYK"] = grey.convert("RGB").convert("CMYK")
+    see["1"] = grey.point(lambda v: 255 * (v > 127)).convert("1")
+    see["I;16"] = Image.fromarray(ramp.astype(np.uint16) * 257)
+    for mode, image in see.items():
+        rgb, expected = data.to_rgb(image), 255 * (ramp > 127) if mode == "1" else ramp
+        assert rgb.mode == "RGB" and np.abs(np.asarray(rgb).mean(-1) - expected).max() <= 1, mode
+    with pytest.raises(ValueError, match="does not say what is white"):
+        data.to_rgb(Image.fromarray(ramp.astype(np.float32)))
+
+    transparent = grey.convert("RGBA")
+    transparent.putalpha(Image.fromarray(255 * np.eye(64, dtype=np.uint8)))  # opaque on the diagonal: the rest is white
+    assert np.array_equal(np.asarray(data.to_rgb(transparent))[..., 0], np.where(np.eye(64), ramp, 255))
+    palette = Image.fromarray((ramp > 127).astype(np.uint8), "P")
+    palette.putpalette([255, 0, 0, 0, 0, 255])
+    palette.info["transparency"] = 0  # the left half
+    assert np.asarray(data.to_rgb(palette))[0, [0, 63]].tolist() == [[255, 255, 255], [0, 0, 255]]
+
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: a viewer shows it rotated by 90° clockwise
+    turned = data.to_rgb(Image.open(io.BytesIO(jpeg(grey, exif=exif, quality=95))))
+    assert np.abs(np.asarray(turned)[..., 0].astype(int) - np.rot90(ramp, -1)).max() < 8
+
+
+def test_no_picture_is_too_odd_to_be_counted(tmp_path):
+    """One pixel, a thread of pixels, and a header that promises 900 million of them."""
+    for size in ((1, 1), (3000, 1), (1, 3000)):
+        assert (data.decode_crop(png(Image.new("L", size, 77)), 32, np.random.default_rng(0)) == 77).all()
+    good = png(Image.new("L", (1, 1)))
+    header = b"IHDR" + (30_000).to_bytes(4, "big") * 2 + good[24:29]
+    (tmp_path / "0.png").write_bytes(good[:12] + header + zlib.crc32(header).to_bytes(4, "big") + good[33:])
+    (tmp_path / "1.png").write_bytes(good)
+    images = data.TrainingImages(data.open_images([f"{tmp_path}"]), 32, 2)
+    (name,) = [name for position in (0, 1) for name in images[0, position]["unreadable"]]
+    assert name.startswith(f"{tmp_path}/0.png (") and "decompression bomb" in name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shards
+
+
+def test_members_that_point_elsewhere_are_ignored(tmp_path):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name in ("../up.jpg", "/abs.jpg", "a/../../b.jpg", "a/in.jpg"):
+            member = tarfile.TarInfo(name)
+            member.size = 3
+            tar.addfile(member, io.BytesIO(name[:3].encode()))
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE):
+            member = tarfile.TarInfo("link.jpg")
+            member.type, member.linkname = kind, "/etc/passwd"
+            tar.addfile(member)
+    images = data.open_images([f"{tmp_path}/0.tar"])
+    assert len(images) == 1 and images.read(0) == b"a/i"
+
+
+def test_a_tar_that_leads_back_to_itself_is_refused(tmp_path):
+    """A second member whose size is −512, in the base-256 form, would be met again and again."""
+    first, second = tarfile.TarInfo("0.jpg"), tarfile.TarInfo("1.jpg")
+    header = bytearray(second.tobuf(tarfile.GNU_FORMAT))
+    header[124:136] = b"\xff" + (-512).to_bytes(11, "big", signed=True)
+    header[148:156] = b"%06o\0 " % (sum(header[:148]) + sum(header[156:512]) + 8 * 32)
+    (tmp_path / "0.tar").write_bytes(first.tobuf(tarfile.GNU_FORMAT) + header + bytes(1024))
+    with pytest.raises(UserError, match="0.tar: not a whole tar file .a negative size"):
+        data.open_images([f"{tmp_path}/0.tar"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments and folders that do not fit
+
+
+def refused(message: str):
+    """A `with` block that has to end in a UserError of one line that matches `message`."""
+    return pytest.raises(UserError, match=rf"\A(?=.*{message})[^\n]*\Z")
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        ("--recipe openai", "--recipe openai: no such recipe; there are miniature, openai-vit"),
+        ("--data nowhere/0.tar", "--data nowhere/0.tar: no such file or folder"),
+        ("--recap random:300 --clip openai-vit-l-14-224", "asks for 300 patches, and this CLIP has 1 to 256"),
+        ("--recap pool:0 --clip openai-vit-l-14-224", "asks for 0 patches"),
+        ("--recap dense", "must be random:COUNT, random:SHARE%"),
+        ("--clip metaclip-vit-l-14-224 --recap all --join positions --diffusion a/b", "257 tokens"),
+        ("--batch-size 0", "--batch-size 0: must be from 1 to"),
+        ("--lr fast", "argument --lr: invalid float value: 'fast'"),
+        ("--lr 1e30", "--lr 1e.30: must be from 0 to"),
+        ("--lr nan", "--lr nan: must be from 0 to"),
+        ("--states 1000000000", "--states 1000000000: must be from 1 to"),
+        ("--image-size 80000", "--image-size 80000: must be from 1 to"),
+        ("--warmup 23", "--warmup 23.0: must be from 0 to 1"),
+        ("--precision fp16", "argument --precision: invalid choice"),
+        ("--clip ViT-L-14", "ViT-L-14: no such CLIP; name a recipe"),
+        ("--diffusion nowhere", "nowhere: no such diffusion model"),
+        ("--seed 99999999999999999999", "--seed 99999999999999999999: must be from 0 to"),
+        ("--timesteps 500", "--timesteps '500': must be LOW:HIGH"),
+        ("--timesteps 0:1001", "must be LOW:HIGH, with 0 ≤ LOW < HIGH ≤ 1000"),
+        ("--projection-steps 4", "--projection-steps 4: are a part of the 3 --steps"),
+        ("--text \udc80", "--text .*: is not a line of text in UTF-8"),
+        (f"--out {__file__}", "is a file; a folder is needed"),
+        (f"--out {__file__}/run", "is a file; a folder is needed"),
+        ("--random-weights --diffusion a/b", f"--random-weights: builds {SD21}"),
+        ("--stepz 3", "unrecognized arguments: --stepz 3"),
+    ],
+)
+def test_bad_arguments_end_in_a_sentence(tmp_path, more, message):
+    with refused(message):
+        settings(tmp_path / "run", more)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        ("--recap random:65", "asks for 65 patches, and this CLIP has 1 to 64"),
+        ("--recap all --join positions", "the text has 24 positions, the recap 65 tokens"),
+        ("--image-size 36", "--image-size 36: must be a multiple of 8"),
+        ("--clip ViT-B-32:nobody --recap all", "open_clip has no weights of that name .for ViT-B-32: openai"),
+        ("--clip hf-hub:nobody/nothing", "CLIP hf-hub:nobody/nothing could not be loaded"),
+        (f"--diffusion {SD21}", f"could not be loaded: .*--diffusion {SD21_MIRROR}"),
+        ("--data {}/gz.tar", "gz.tar: gzipped, .* unpack it: gzip -dc"),
+        ("--data {}/text.tar", "text.tar: not a whole tar file"),
+        ("--data {}/none.tar", "none.tar: no images"),
+        ("--data {}/folder", "folder: no images in this folder"),
+        ("--data {}/*.zip", "zip: no such file"),
+        ("--data {}/*.tar {}/folder", "a folder among shards"),
+        ("--mmvp {}/folder", "folder: no image folder"),
+        ("--clip {}/folder", "folder: no CLIP in this folder"),
+        ("--diffusion {}/folder", "no Stable Diffusion in diffusers' layout .scheduler/scheduler_config.json is"),
+    ],
+)
+def test_bad_input_ends_in_a_sentence(tmp_path, more, message):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "gz.tar").write_bytes(b"\x1f\x8b" + bytes(600))
+    (tmp_path / "text.tar").write_text("no tar " * 100)
+    write_shard(tmp_path / "none.tar", {"0.txt": b"caption"})
+    with refused(message):
+        run(tmp_path / "run", more.replace("{}", f"{tmp_path}"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("processes, most, expected", [(1, 32, 32), (2, 32, 16), (3, 5, None), (1, 7, 4), (4, 64, 8)])
+def test_micro_batch_is_the_largest_that_divides(monkeypatch, processes, most, expected):
+    monkeypatch.setattr("harness.options.PROCESSES", processes)
+    flags = f"--batch-size 32 --micro-batch {most}".split()
+    if expected:
+        assert parse_args(flags).micro_batch == expected
+    else:
+        with refused("--batch-size 32: cannot be shared by 3 processes"):
+            parse_args(flags)
+
+
+@pytest.mark.parametrize(
+    "flags, out",
+    [
+        ("", "runs/miniature"),
+        ("--lr 0.02 --workers 3 --micro-batch 8 --mmvp x", "runs/miniature-lr-0.02"),
+        ("--recap all --no-freeze-projection", "runs/miniature-recap-all-no-freeze-projection"),
+        ("--recipe openai-vit-l-14-224 --data synthetic --seed 1", "runs/openai-vit-l-14-224-data-_synthetic_-seed-1"),
+    ],
+)
+def test_each_variation_has_a_folder_of_its_own(flags, out):
+    assert parse_args(flags.split()).out == out
+
+
+def test_other_towers_are_refused(tmp_path):
+    vit = dict(image_size=16, patch_size=4, width=24, layers=2, head_width=12, pool_type="avg")
+    timm = dict(image_size=160, timm_model_name="test_vit", timm_pool="map", timm_proj="")  # projects inside the trunk
+    for name, vision, more in (("vit", vit, {}), ("timm", timm, dict(custom_text=True))):
+        with refused("neither a ViT with a class token nor a timm one"):
+            model.load_clip(f"{write_clip(tmp_path / name, 24, vision, **more)}")
+
+
+def load(folder: Path) -> None:
+    """Loads a copy of one of the miniature's two models."""
+    if folder.name == "clip":
+        model.load_clip(f"{folder}")
+    else:
+        model.load_diffusion(f"{folder}", "", torch.float32, CPU)
+
+
+class Payload:
+    """A pickle that leaves a file behind when it is executed."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("clip/open_clip_pytorch_model.bin", "CLIP .*clip could not be loaded: "),
+        ("diffusion/unet/diffusion_pytorch_model.bin", "diffusion model .*diffusion could not be loaded: "),
+        ("diffusion/vae/diffusion_pytorch_model.bin", "diffusion model .*diffusion could not be loaded: "),
+        ("diffusion/text_encoder/pytorch_model.bin", "diffusion model .*diffusion could not be loaded: "),
+    ],
+)
+def test_no_weights_execute_anything(tmp_path, name, message):
+    """Pickled weights in place of safetensors are refused, and what they would do is not done."""
+    part = name.split("/")[0]
+    shutil.copytree(MINIATURE / part, tmp_path / part)
+    for file in (tmp_path / name).parent.glob("*.safetensors"):
+        file.unlink()
+    (tmp_path / name).write_bytes(pickle.dumps(Payload(tmp_path / "executed")))
+    with refused(message):
+        load(tmp_path / part)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    "name, old, new, message",
+    [
+        ("clip/open_clip_model.safetensors", "", None, "CLIP .*clip could not be loaded: "),
+        ("clip/open_clip_config.json", "", None, "no CLIP in this folder .open_clip_config.json is missing"),
+        ("clip/open_clip_config.json", '"layers": 4', '"layers": 5', "CLIP .*clip could not be loaded: "),
+        ("clip/open_clip_config.json", "{", "[", "CLIP .*clip could not be loaded: "),
+        ("diffusion/unet/config.json", "", None, "no Stable Diffusion in .* .unet/config.json is missing"),
+        ("diffusion/unet/config.json", "128\n", "192\n", "diffusion model .*diffusion could not be loaded: "),
+        ("diffusion/unet/diffusion_pytorch_model.safetensors", "", None, "model .*diffusion could not be loaded: "),
+        ("diffusion/text_encoder/config.json", "", None, "text_encoder/config.json is missing"),
+        ("diffusion/scheduler/scheduler_config.json", "epsilon", "sample", "no Stable Diffusion 1.x or 2.x"),
+    ],
+)
+def test_a_folder_that_is_not_whole_or_another_models_is_refused(tmp_path, name, old, new, message):
+    part = name.split("/")[0]
+    shutil.copytree(MINIATURE / part, tmp_path / part)
+    if new is None:
+        (tmp_path / name).unlink()
+    else:
+        content = (tmp_path / name).read_text()
+        assert old in content
+        (tmp_path / name).write_text(content.replace(old, new))
+    with refused(message):
+        load(tmp_path / part)
+
+
+@pytest.mark.parametrize(
+    "rows, content, message",
+    [
+        ((1,), "Id,Type,Statement", "row 1: the header must be"),
+        ((3,), "2,Orient,a cat", "row 3: type 'Orient' differs from its partner's, 'Orientation'"),
+        ((2,), "1,Color", "row 2: needs an id, a type and a statement"),
+        ((2,), "one,Color,a cat", "row 2: the id 'one' is not a number"),
+        ((2,), "9" * 5001 + ",Color,a cat", "row 2: the id '9{20}' is not a number"),
+        ((2, 3), "{}," + "C" * 300 + ",a cat", "row 2: type 'C{50}' has no folder"),
+        ((3,), "9,Color,a cat", "row 3: id 9 does not follow"),
+        ((2,), "2,Color,a cat", "row 2: a pair begins with an odd id"),
+        ((4, 5), "1,Color,a cat", "row 4: a pair begins with an odd id of its own, and this is 1"),
+        ((3,), '2,Color,"a cat', "Questions.csv: cannot be read"),
+        ((5,), "", "row 4: rows come in pairs"),
+        ((2, 3), "{},../Color,a cat", "row 2: type '../Color' has no folder"),
+        ((4, 5), "1{},Color,a cat", "row 4: no such image: .*13.jpg"),
+        ((2, 3, 4, 5), "", "row 1: "),
+    ],
+)
+def test_a_bad_benchmark_is_refused_by_row(tmp_path, rows, content, message):
+    """Row n holds the id n − 1."""
+    questions = write_mmvp(tmp_path / "mmvp") / "Questions.csv"
+    lines = questions.read_text().splitlines()
+    for n in rows:
+        lines[n - 1] = content.format(n - 1)
+    questions.write_text("\n".join(lines))
+    with refused(message):
+        read_mmvp(f"{tmp_path}/mmvp")
+
+
+def test_a_benchmarks_broken_picture_is_named(tmp_path):
+    pairs = read_mmvp(f"{write_mmvp(tmp_path / 'mmvp')}")
+    (tmp_path / "broken.jpg").write_bytes(pairs[0].images[0].read_bytes()[:300])
+    broken = Pair(pairs[0].ids, pairs[0].type, pairs[0].statements, (tmp_path / "broken.jpg",) * 2)
+    with refused("broken.jpg: not a readable image"):
+        evaluate_mmvp.similarities(model.load_clip("miniature"), [pairs[1], broken], CPU)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Commands: a sentence on the terminal, the exit code, and no waiting
+
+
+@pytest.mark.parametrize(
+    "error, code, said",
+    [
+        (UserError("no such thing"), 2, "command: no such thing\n"),
+        (Stopped("stopped", 15), 143, "command: stopped\n"),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "command: .*No space left on device\n"),
+        (KeyboardInterrupt(), 130, "command: interrupted\n"),
+        (MemoryError(), 2, "command: not enough memory; use less\n"),
+        (RuntimeError("CUDA out of memory. Tried\n to"), 2, "command: not enough memory; use less\n"),
+    ],
+)
+def test_a_command_ends_in_a_sentence(capsys, error, code, said):
+    with pytest.raises(SystemExit) as end, one_sentence("command", "use less"):
+        raise error
+    assert end.value.code == code
+    (line,) = capsys.readouterr().err.strip("\n").splitlines()
+    assert line == said.strip() or line.endswith("No space left on device")
+
+
+def test_a_bug_keeps_its_traceback():
+    for error in (RuntimeError("shapes differ"), ValueError("x"), AssertionError()):
+        with pytest.raises(type(error)), one_sentence("command"):
+            raise error
+
+
+def test_help_and_mistyped_arguments_do_not_wait_for_torch():
+    """A mistyped argument is one line and exit code 2, and torch is not imported to say so."""
+    code = "import runpy, sys\ntry: runpy.run_path('train.py', run_name='__main__')\n"
+    code += "finally: print('torch' in sys.modules)"
+    for flags, exit_code in (("--help", 0), ("--clip x", 2), ("--recipe openai-vit-l-14-336 --recap random:577", 2)):
+        done = subprocess.run([sys.executable, "-c", code, *flags.split()], cwd=ROOT, capture_output=True, text=True)
+        assert (done.returncode, len(done.stderr.splitlines())) == (exit_code, exit_code // 2), done.stderr
+        assert done.stdout.splitlines()[-1] == "False"
+
+
+LEVELS = ["train", "evaluate_mmvp", "model", "condition data", "harness"]  # from the top
+COMMANDS = ["extras", "miniature"]  # of their own: they import what they like, and nothing imports them
+
+
+def test_imports_run_downward():
+    """Reads the import lines of all modules; tests aside."""
+    level = {name: i for i, names in enumerate(LEVELS) for name in names.split()}
+    inner = {path.stem for folder in COMMANDS for path in (ROOT / folder).glob("*.py")}
+    for path in ROOT.glob("**/*.py"):
+        place = path.relative_to(ROOT).parts
+        if path.name.startswith("test_") or place[0].startswith("."):
+            continue
+        imported = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, path
+                imported.add(node.module.split(".")[0])
+        if place[0] in COMMANDS:
+            continue
+        here = level[place[0].removesuffix(".py")]
+        assert not imported & {*COMMANDS, *inner, "test_smoke"}, path
+        for name in imported & level.keys():
+            assert level[name] > here or (name, len(place)) == ("harness", 2), f"{path} imports {name}"
+
+
+@pytest.mark.slow
+def test_a_hub_that_refuses_is_a_sentence(tmp_path):
+    """A hub of this test's own: what is not found, what is gated, and a hub that is not there."""
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            gated = "gated" in self.path
+            self.send_response(403 if gated else 404)
+            self.send_header("X-Error-Code", "GatedRepo" if gated else "RepoNotFound")
+            self.send_header("X-Error-Message", "Access is restricted" if gated else "Repository not found")
+            self.end_headers()
+
+        do_HEAD = do_GET
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    hub, nowhere = f"http://127.0.0.1:{server.server_port}", "http://127.0.0.1:1"
+    score, train_with = f"evaluate_mmvp.py --mmvp {MINIATURE}/mmvp", f"train.py {SMALL} {tmp_path}/run --diffusion"
+    for endpoint, command, words in (
+        (hub, f"{score} hf-hub:some/missing", "CLIP hf-hub:some/missing could not be loaded"),
+        (hub, f"{score} hf-hub:some/gated", "CLIP hf-hub:some/gated could not be loaded"),
+        (hub, f"{train_with} some/gated", "diffusion model some/gated could not be loaded"),
+        (hub, "evaluate_mmvp.py miniature --mmvp some/gated", "data set some/gated could not be fetched"),
+        (nowhere, f"{train_with} some/missing", "diffusion model some/missing could not be loaded"),
+    ):
+        environment = os.environ | dict(HF_ENDPOINT=endpoint, HF_HUB_OFFLINE="0", HF_HOME=f"{tmp_path}/home")
+        command = [sys.executable, *command.split()]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+        said = [line for line in done.stderr.splitlines() if line.strip() and "shard/s" not in line]  # but for the bar
+        assert done.returncode == 2 and len(said) == 1 and words in said[0], done.stderr
+    server.shutdown()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mutated input: a result or a sentence
+
+ODD = np.array([b'"', b",", b"\n", b"\0", b"-", b"9" * 20, b"9" * 5000, b"{", b"[", "é".encode()], dtype=object)
+
+
+def mutated(content: bytes, rng: np.random.Generator) -> bytes:
+    """Bytes changed, cut out, repeated, made odd or cut off, one to eight times."""
+    content = bytearray(content)
+    for _ in range(rng.integers(1, 9)):
+        at, length = int(rng.integers(len(content) + 1)), int(rng.integers(1, 20))
+        match rng.integers(5):
+            case 0:
+                content[at : at + length] = rng.bytes(length)
+            case 1:
+                del content[at : at + length]
+            case 2:
+                content[at:at] = content[at : at + length]
+            case 3:
+                content[at:at] = rng.choice(ODD)
+            case 4 if rng.random() < 0.2:
+                del content[at:]
+    return bytes(content)
+
+
+@pytest.fixture(scope="module")
+def parsers(tmp_path_factory) -> dict:
+    """For each parser a good input, and a function that takes bytes to what it makes of them."""
+    folder, cache = tmp_path_factory.mktemp("parsers"), Path(os.environ["XDG_CACHE_HOME"]) / "diva"
+    tar = write_shard(folder / "0.tar", {f"{i}.jpg": b"12345" for i in range(3)})
+    good = tar.read_bytes()[:3072]  # three headers with their images, and the first of the two empty blocks at the end
+    other = write_shard(folder / "1.tar", {f"{i}.jpg": b"12345" for i in range(3)})
+    data.shard_index(f"{other}")
+    mmvp, small = write_mmvp(folder / "mmvp"), folder / "small"
+    linear = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(linear.parameters(), 1, momentum=0.9)
+    linear(torch.ones(2)).sum().backward()
+    optimizer.step()
+    save_checkpoint(small, linear, optimizer, dict(step=3, unreadable=0, images=9, args=dict(lr=0.1)))
+
+    def read_tar(content: bytes) -> np.ndarray:
+        tar.write_bytes(content)
+        for index in cache.glob("*%0.tar.npy"):
+            index.unlink()
+        return data.shard_index(f"{tar}")
+
+    def parser(path: Path, read):
+        def parse(content: bytes):
+            path.write_bytes(content)
+            return read()
+
+        return path.read_bytes(), parse
+
+    (index,) = cache.glob(f"*{folder.name}%1.tar.npy")
+    return {
+        "index": (good, read_tar),
+        "cache": parser(index, lambda: data.shard_index(f"{other}")),
+        "mmvp": parser(mmvp / "Questions.csv", lambda: read_mmvp(f"{mmvp}")),
+        "recap": (b"random:50%", lambda content: parse_recap(content.decode(errors="replace"), 16)),
+        "state": parser(small / "state.json", lambda: read_state(small)),
+        "weights": parser(small / "weights.safetensors", lambda: load_checkpoint(small, linear, optimizer)),
+        "optimizer": parser(small / "optimizer.safetensors", lambda: load_checkpoint(small, linear, optimizer)),
+    }
+
+
+@pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["index", "cache", "mmvp", "recap", "state", "weights", "optimizer"])
+def test_no_parser_crashes(parsers, name, count):
+    good, parse = parsers[name]
+    rng, refusals = np.random.default_rng(0), 0
+    for _ in range(count):
+        try:
+            found = parse(mutated(good, rng))
+            if name in ("index", "cache"):  # whatever it says, it says of places in the file
+                assert found.shape[1] == 2 and found.min(initial=0) >= 0 and found.max(initial=0) < 20_000
+        except UserError as error:
+            assert "\n" not in str(error).strip()
+            refusals += 1
+    parse(good)
+    assert refusals > count / 20 or name == "cache"

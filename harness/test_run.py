@@ -1,0 +1,507 @@
+"""What a run endures: signals, kills, a full disk, broken images; and that it goes on in the same bits."""
+
+from test_smoke import CPU, ROOT, SMALL, TORCHRUN  # first: it sets what the libraries read when they are imported
+from test_smoke import assert_near, assert_same_run, assert_saved, at_loss, jpeg, metrics, picture, run, settings
+from test_smoke import steps_saved, weights, write_mmvp, write_shard, write_siglip
+
+import contextlib
+import csv
+import json
+import math
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+import data
+import evaluate_mmvp
+import harness.run
+import model
+import train
+from harness.errors import Stopped, UserError
+from harness.recipes import MINIATURE, RECIPES
+
+STEPS = "--steps 5 --save-every 2"
+FULL_SIZE = [name for name in RECIPES if name != "miniature"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A run of STEPS that nothing has stopped."""
+    return run(tmp_path_factory.mktemp("whole") / "run", STEPS)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run says and does
+
+
+def test_a_run_says_what_it_is_about_to_do_and_what_to_do_next(tmp_path, capfd):
+    out = run(tmp_path / "run", "--steps 5 --micro-batch 2")
+    said = capfd.readouterr().out.splitlines()
+    lines = {line[:12].rstrip(): line[13:] for line in said}
+    assert list(lines)[:7] == ["recipe", "CLIP θ", "diffusion φ", "condition", "images", "steps", "writes"]
+    count = {part: sum(v.numel() for k, v in weights(out).items() if k.startswith(part)) for part in ("vis", "proj")}
+    tower, linear = (float(number) * 1e6 for number in re.findall(r"([\d.e-]+) M ", lines["CLIP θ"]))
+    assert (tower, linear) == (pytest.approx(count["vis"], rel=1e-3), pytest.approx(count["proj"], rel=0.01))
+    assert lines["condition"] == "20 tokens, recap random:30%, text '' by mean"
+    assert lines["images"].startswith("2,000 at 64², 2 noisy states each")
+    assert "0 to 5, lr 0.01, batch 4 = 1 process × micro-batch 2 × 2 accumulated" in lines["steps"]
+    ways_on = (
+        f'open_clip.create_model_and_transforms("local-dir:{out}/clip")',
+        f"python evaluate_mmvp.py {MINIATURE}/clip {out}/clip --mmvp ",
+        f"python extras/export.py {out}/clip DIR",
+        f"python extras/report.py {out}",
+    )
+    for way in ways_on:
+        assert any(way in line for line in said[7:])
+
+
+def test_gradients_are_averaged_once_a_step(tmp_path, monkeypatch):
+    """DDP communicates in three backward passes of twelve."""
+    buckets = []
+
+    class Watched(train.DistributedDataParallel):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            self.register_comm_hook(None, self.watch)
+
+        @staticmethod
+        def watch(state, bucket):
+            buckets.append(bucket.index())
+            return allreduce_hook(None, bucket)
+
+    monkeypatch.setattr(train, "DistributedDataParallel", Watched)
+    run(tmp_path / "run", "--micro-batch 1")
+    assert buckets.count(0) == 3
+
+
+def test_bf16_runs_theta_under_autocast_and_phi_in_bf16(tmp_path, monkeypatch):
+    build, seen = train.build, {}
+
+    def watched(*args) -> tuple:
+        clip, diffusion, *others = seen["built"] = build(*args)
+        layer = clip.model.visual.transformer.resblocks[0].mlp.c_fc
+        layer.register_forward_hook(lambda *call: seen.update(tower=call[-1].dtype))
+        diffusion.unet.register_forward_pre_hook(lambda unet, inputs: seen.update(z_t=inputs[0].dtype))
+        return clip, diffusion, *others
+
+    monkeypatch.setattr(train, "build", watched)
+    run(tmp_path / "run", "--precision bf16")
+    clip, diffusion, *_ = seen["built"]
+    assert seen["tower"] == seen["z_t"] == diffusion.unet.dtype == diffusion.vae.dtype == torch.bfloat16
+    assert {p.dtype for p in clip.model.parameters()} == {torch.float32}
+    assert not any(m.training for part in (diffusion.unet, diffusion.vae, clip.model) for m in part.modules())
+
+
+@pytest.mark.parametrize("name", ["miniature", "siglip"])
+def test_grad_checkpointing_keeps_less_and_changes_nothing(tmp_path, name):
+    """The same weights after two steps, to the last bit; what a step keeps for its backward pass is less."""
+    flags = "--recap pool:5" + (f" --clip {write_siglip(tmp_path / name)}" if name == "siglip" else "")
+    kept, ends = [], []
+    for more in ("", "--grad-checkpointing"):
+        args, tensors = settings("unused", f"{flags} {more}"), {}
+        clip, diffusion, conditioner, images = train.build(args, CPU, None)
+        optimizer = train.build_optimizer(args, conditioner)
+        for step in (0, 1):
+            batch = data.to_device(data.collate([images[step, position] for position in range(2)]), CPU)
+
+            def keep(tensor: torch.Tensor) -> torch.Tensor:
+                tensors[tensor.data_ptr()] = tensor.nbytes
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                c, _ = conditioner(clip.prepare(batch["images"]), diffusion.text)
+                latents = diffusion.encode(batch["images"])
+                loss = train.denoising_loss(diffusion, latents, c, batch["timesteps"], batch["noise"])
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        kept.append(sum(tensors.values()))
+        ends.append(conditioner.state_dict())
+    assert kept[1] < 0.7 * kept[0]
+    assert all(torch.equal(v, ends[1][k]) for k, v in ends[0].items())
+
+
+@pytest.mark.slow
+def test_a_compiled_run_has_the_same_losses(tmp_path, whole):
+    """Within 1e-5 in fp32: another order of the same sums."""
+    for a, b in zip(metrics(whole), metrics(run(tmp_path / "run", f"{STEPS} --compile")), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_a_step_at_full_size(tmp_path, name):
+    """Each recipe as the paper has it but for its weights: one step, and a CLIP that open_clip loads."""
+    flags = "--random-weights --data synthetic --steps 1 --batch-size 1 --micro-batch 1 --precision bf16"
+    out = run(tmp_path / "run", f"--recipe {name} {flags}")
+    (line,) = metrics(out)
+    assert 0.5 < line["loss"] < 2 and line["grad_norm"] > 0  # an untrained U-Net says nothing of ε, whose variance is 1
+    assert_saved(out)
+
+
+def test_a_clip_without_its_tokenizer_is_saved_all_the_same(tmp_path):
+    clip = model.load_clip(f"{write_siglip(tmp_path / 'siglip')}")
+    clip.source = "ViT-B-16-SigLIP"  # a tokenizer on the hub, which is out of reach
+    (tmp_path / "saved").mkdir()
+    clip.save(tmp_path / "saved")
+    assert clip.no_tokenizer.startswith("the tokenizer of ViT-B-16-SigLIP could not be loaded: ")
+    (tmp_path / "saved" / "tokenizer_config.json").unlink(missing_ok=True)
+    reloaded = open_clip.create_model(f"local-dir:{tmp_path}/saved")
+    assert all(torch.equal(v, clip.model.state_dict()[k]) for k, v in reloaded.state_dict().items())
+    with pytest.raises(UserError, match="saved: this CLIP was saved without its tokenizer"):
+        model.load_clip(f"{tmp_path}/saved").tokenizer()
+
+
+def test_a_finished_run_evaluates_once(tmp_path, capsys, monkeypatch):
+    mmvp = f"--mmvp {write_mmvp(tmp_path / 'mmvp')}"
+    out = run(tmp_path / "run")
+    run(out, mmvp)  # finished, but not yet evaluated
+    scores = (out / "mmvp" / "scores.json").read_text()
+    monkeypatch.setattr(train, "load_clip", None)  # from here on nothing is loaded
+    capsys.readouterr()
+    run(out, mmvp)
+    assert re.search(f"{out}: this run is finished.*; remove that folder to start anew\n", capsys.readouterr().out)
+    assert (out / "mmvp" / "scores.json").read_text() == scores
+
+
+def test_the_command_compares_two_clips(tmp_path, monkeypatch, capsys):
+    """What a run scores before and after, again; every figure beside the one recomputed from pairs.csv."""
+    mmvp, scores = tmp_path / "mmvp", tmp_path / "scores"
+    mmvp.mkdir()
+    (mmvp / "MLLM_VLM Images").symlink_to((MINIATURE / "mmvp" / "MLLM_VLM Images").absolute())
+    header, *lines = (MINIATURE / "mmvp" / "Questions.csv").read_text().splitlines(True)
+    lines = [line for i, line in enumerate(lines) if i % 200 < 30]  # 15 pairs of each type
+    (mmvp / "Questions.csv").write_text("".join([header, *lines]))
+    run(tmp_path / "run", f"--mmvp {mmvp} --lr 1")
+    capsys.readouterr()
+    command = f"evaluate_mmvp.py {MINIATURE}/clip {tmp_path}/run/clip --mmvp {mmvp} --out {scores}"
+    monkeypatch.setattr(sys, "argv", command.split())
+    evaluate_mmvp.main()
+    said = capsys.readouterr().out
+    clips = json.loads((scores / "scores.json").read_text())["clips"]
+    theirs = json.loads((tmp_path / "run" / "mmvp" / "scores.json").read_text())["clips"]
+    assert clips[1]["change"] == theirs[1]["change"] and len(clips) == 2
+    with open(scores / "pairs.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * 135
+    for embedding, change in zip(evaluate_mmvp.EMBEDDINGS, clips[1]["change"], strict=True):
+        counts = []  # of pairs right, for each CLIP; each type has 15 pairs, so their share is the average
+        for entry, mine in zip(clips, (rows[:135], rows[135:])):
+            for row in mine:
+                a, b, c, d = (float(row[f"{embedding} s{i} i{j}"]) for i in (1, 2) for j in (1, 2))
+                assert int(row[f"{embedding} right"]) == (a > b and d > c)
+            counts.append(sum(int(row[f"{embedding} right"]) for row in mine))
+            assert entry[embedding]["average"] == pytest.approx(100 * counts[-1] / 135)
+            assert f"{entry[embedding]['average']:.1f}" in said
+        assert change["won"] - change["lost"] == counts[1] - counts[0]
+        assert change["points"] == pytest.approx(100 * (counts[1] - counts[0]) / 135)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images that cannot be read
+
+
+def test_unreadable_images_are_replaced_and_too_many_stop_the_run(tmp_path):
+    good, folder = jpeg(picture(40)), tmp_path / "few"
+    broken = {"empty": b"", "text": b"not an image", "cut": good[: len(good) // 2]}
+    files = {f"{i:03}.jpg": good for i in range(60)} | {f"1{name}.jpg": content for name, content in broken.items()}
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    flags = f"--data {folder} --steps 21 --batch-size 6 --micro-batch 6 --states 1 --image-size 16"
+    out = run(tmp_path / "run", flags)
+    images = data.TrainingImages(data.open_images([f"{folder}"]), 32, 6)
+    order = [images.index(*divmod(i, 6)) for i in range(126)]
+    following = {60: 2, 61: 2, 62: 1}  # the broken ones are the last three: one, then three further is tried
+    assert metrics(out)[-1]["unreadable"] == sum(following.get(i, 0) for i in order) == 10
+
+    for name in list(files)[:9]:
+        (folder / name).write_bytes(b"")
+    with pytest.raises(UserError, match=r"step \d+: \d+ of \d+ images could not be read: .*\.jpg \(not an image"):
+        run(tmp_path / "run2", flags)
+
+
+def test_shards_that_change_while_they_are_read_are_passed_over(tmp_path, monkeypatch):
+    """Of sixty shards one is removed, one cut short, one replaced in the middle of a run: counted, replaced, named."""
+    files = {f"{i}.jpg": jpeg(picture(40, 90 * i)) for i in range(4)}
+    for s in range(60):
+        write_shard(tmp_path / f"{s:02}.tar", files)
+
+    def harm() -> None:
+        (tmp_path / "03.tar").unlink()
+        os.truncate(tmp_path / "07.tar", 2000)
+        write_shard(tmp_path / "11.tar", {"0.txt": b"caption" * 100, "1.jpg": files["1.jpg"]})
+
+    at_loss(monkeypatch, 11, harm)
+    flags = f"--data {tmp_path}/*.tar --steps 60 --save-every 60 --states 1 --image-size 16"
+    lines = metrics(run(tmp_path / "run", flags))
+    names = [name for line in lines for name in line.get("passed_over", [])]
+    assert lines[10]["unreadable"] == 0 and lines[-1]["unreadable"] == len(names) > 8
+    assert {Path(name.split(" at byte")[0]).name for name in names} == {"03.tar", "07.tar", "11.tar"}
+    write_shard(tmp_path / "07.tar", files)
+    with pytest.raises(UserError, match="its run has 240 images, --data now 233"):
+        run(tmp_path / "run", flags)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What ends a run, and the same command goes on
+
+
+@pytest.mark.parametrize("saves", [1, 3])
+def test_a_run_that_dies_in_a_save_goes_on_in_the_same_bits(tmp_path, monkeypatch, whole, saves):
+    """In its first or its last save, after the CLIP is written and before the checkpoint is."""
+    save, calls = harness.run.save_checkpoint, []
+
+    def die(*args) -> None:
+        calls.append(1)
+        if len(calls) == saves:
+            raise KeyboardInterrupt
+        save(*args)
+
+    monkeypatch.setattr(harness.run, "save_checkpoint", die)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "run", STEPS)
+    assert_same_run(whole, run(tmp_path / "run", STEPS))
+    assert_saved(tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_signal_stops_after_the_step_and_loses_none(tmp_path, monkeypatch, whole, name):
+    number, usual = signal.Signals[name], signal.getsignal(signal.Signals[name])
+    afterwards = []
+    losses = at_loss(monkeypatch, 3, lambda: signal.raise_signal(number))
+    close = harness.run.Run.close
+
+    def closed(run) -> None:
+        close(run)
+        afterwards.append(signal.getsignal(number))
+
+    monkeypatch.setattr(harness.run.Run, "close", closed)
+    with pytest.raises(Stopped, match=f"{name}: stopped after 3 steps, .* the same command goes on") as stop:
+        run(tmp_path / "run", STEPS)
+    assert stop.value.exit_code == 128 + number and len(losses) == steps_saved(tmp_path / "run") == 3
+    assert afterwards[-1] == usual
+    assert_same_run(whole, run(tmp_path / "run", STEPS))
+
+
+def test_a_full_disk_costs_nothing_but_time(tmp_path, whole):
+    """A tmpfs with room for one checkpoint: a sentence, the earlier one whole; with more room the run goes on."""
+    size, disk = sum(f.stat().st_size for f in whole.rglob("*") if f.is_file()), tmp_path / "disk"
+    disk.mkdir()
+    mount = f"mount -t tmpfs -o size={size + (96 << 10)} tmpfs {disk}"
+    if subprocess.run(mount.split(), capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        with pytest.raises(UserError, match="could not be written: .*(No space|space left).*; what it held before is"):
+            run(disk / "run", STEPS)
+        assert steps_saved(disk / "run") == 2 and not list((disk / "run").glob("*.new"))
+        subprocess.run(f"mount -o remount,size={3 * size} {disk}".split(), check=True)
+        assert_same_run(whole, run(disk / "run", STEPS))
+    finally:
+        subprocess.run(["umount", f"{disk}"], check=True)
+
+
+def test_a_killed_reader_ends_the_run_and_it_goes_on(tmp_path, monkeypatch):
+    flags = "--steps 12 --save-every 2 --workers 1 --states 1 --image-size 16"
+
+    def kill() -> None:
+        for reader in multiprocessing.active_children():
+            reader.kill()
+
+    with monkeypatch.context() as patch:
+        losses = at_loss(patch, 4, kill)
+        with pytest.raises(UserError, match="a process that reads images has died .*; the same command goes on"):
+            run(tmp_path / "run", flags)
+    assert 4 <= len(losses) < 12 and steps_saved(tmp_path / "run") >= 2
+    assert_same_run(run(tmp_path / "whole", flags), run(tmp_path / "run", flags))
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError("reset"), EOFError(), RuntimeError("DataLoader worker died")])
+def test_a_reader_that_dies_with_a_batch_under_way_is_a_sentence(monkeypatch, error):
+    def loader(dataset, **options):
+        yield dict(images=torch.zeros(1))
+        raise error
+
+    monkeypatch.setattr(data, "DataLoader", loader)
+    batches = data.read_batches(None, None, 1, CPU)
+    next(batches)
+    with pytest.raises(UserError, match="has died .(reset|EOFError|DataLoader worker died)"):
+        next(batches)
+
+
+def test_a_loss_that_is_not_finite_stops_before_its_step(tmp_path, monkeypatch):
+    loss, losses = train.denoising_loss, []
+
+    def third_is_nan(*args) -> torch.Tensor:
+        losses.append(1)
+        return loss(*args) * (math.nan if len(losses) == 3 else 1)
+
+    monkeypatch.setattr(train, "denoising_loss", third_is_nan)
+    with pytest.raises(UserError, match=r"step 2: the loss is nan, .* \(process 0\); this step was not taken"):
+        run(tmp_path / "run", "--save-every 1 --steps 5")
+    assert steps_saved(tmp_path / "run") == 2
+    assert_saved(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow(tmp_path, monkeypatch):
+    """20,000 steps: resident memory after the first 1,000 stays within 2%."""
+    rate, resident = train.learning_rate, []
+
+    def watch(step: int, *args) -> float:
+        if step % 100 == 0:
+            resident.append(int(Path("/proc/self/statm").read_text().split()[1]))
+        return rate(step, *args)
+
+    monkeypatch.setattr(train, "learning_rate", watch)
+    small = "--batch-size 1 --micro-batch 1 --states 1 --image-size 16 --save-every 5000 --lr 1e-4"
+    run(tmp_path / "run", f"{small} --steps 20000")
+    assert len(resident) == 200 and max(resident[10:]) < 1.02 * resident[10]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole processes: torchrun, kills
+
+
+LONG = "--steps 150 --micro-batch 1 --save-every 20"
+
+
+def start(command: str, out: Path, lines: int) -> subprocess.Popen:
+    """Starts a run in the background and returns once its metrics.jsonl has so many lines."""
+    process = subprocess.Popen(command.split(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline, log = time.monotonic() + 120, out / "metrics.jsonl"
+    while process.poll() is None and time.monotonic() < deadline:
+        if log.exists() and log.read_bytes().count(b"\n") >= lines:
+            break
+        time.sleep(0.002)
+    return process
+
+
+def finish(command: str) -> None:
+    subprocess.run(command.split(), cwd=ROOT, check=True, capture_output=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def whole_of_two(tmp_path_factory) -> Path:
+    """A run of two processes that nothing has stopped, long enough to be disturbed."""
+    out = tmp_path_factory.mktemp("two") / "run"
+    finish(f"{TORCHRUN} train.py {SMALL} {out} {LONG}")
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_torchrun_stops_and_goes_on(tmp_path, whole_of_two, name):
+    """A signal to torchrun of two processes: both stop within seconds, one sentence says so, and the bits are kept."""
+    out = tmp_path / "run"
+    command = f"{TORCHRUN} --signals-to-handle=SIGTERM,SIGINT,SIGUSR1 train.py {SMALL} {out} {LONG}"
+    process = start(command, out, 30)
+    process.send_signal(signal.Signals[name])
+    began = time.monotonic()
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode != 0 and time.monotonic() - began < 20
+    assert said.count(f"train.py: {name}: stopped after") == 1
+    assert 30 <= steps_saved(out) == len(metrics(out)) < 150
+    if name == "SIGUSR1":  # it goes on in one process
+        finish(f"{sys.executable} train.py {SMALL} {out} {LONG}")
+        assert_near(weights(whole_of_two), weights(out), 1e-5)
+    else:
+        finish(command)
+        assert_same_run(whole_of_two, out)
+
+
+@pytest.mark.slow
+def test_a_second_interrupt_leaves_at_once(tmp_path):
+    """In the middle of a micro-batch of many seconds, after which the first would have stopped the run."""
+    flags = "--steps 2 --batch-size 640 --micro-batch 640 --states 4"
+    process = start(f"{sys.executable} train.py {SMALL} {tmp_path} {flags}", tmp_path, 1)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGINT and time.monotonic() - began < 2
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_run_that_lost_a_process(tmp_path, whole_of_two):
+    out = tmp_path / "run"
+    process = start(f"{TORCHRUN} --max-restarts=3 train.py {SMALL} {out} {LONG}", out, 50)
+    workers = subprocess.run(f"pgrep -P {process.pid}".split(), capture_output=True, text=True).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert_same_run(whole_of_two, out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["raise ValueError('a fault of its own')", "return loss(*args) * math.nan"])
+def test_one_process_that_fails_ends_all_and_its_error_is_shown(tmp_path, fault):
+    """Process 1 raises, or has a loss that is not finite, at its sixth loss, while process 0 waits for it."""
+    script = tmp_path / "fails.py"
+    script.write_text(
+        "import math, os, sys; sys.path.insert(0, os.getcwd())\n"
+        "import train\n"
+        "from harness.errors import one_sentence\n"
+        "from harness.options import parse_args\n"
+        "loss, losses = train.denoising_loss, []\n"
+        "def fail(*args):\n"
+        "    losses.append(1)\n"
+        f"    if os.environ['RANK'] == '1' and len(losses) == 6: {fault}\n"
+        "    return loss(*args)\n"
+        "train.denoising_loss = fail\n"
+        "with one_sentence('train.py'): train.train(parse_args())\n"
+    )
+    began, command = time.monotonic(), f"{TORCHRUN} {script} {SMALL} {tmp_path}/run {LONG}"
+    done = subprocess.run(command.split(), cwd=ROOT, capture_output=True, text=True, timeout=90)
+    assert done.returncode != 0 and time.monotonic() - began < 60
+    said = "train.py: step 2: the loss is nan" if "nan" in fault else "[rank1]: ValueError: a fault of its own"
+    assert said in done.stderr and "[rank0]: Traceback" not in done.stderr
+    assert "nan" not in fault or "(process 1); this step was not taken" in done.stderr
+
+
+@pytest.mark.slow
+def test_sigkill_at_twenty_moments(tmp_path):
+    """Killed at random and inside of saves: every run ends in the bits of the undisturbed one."""
+    command = f"{sys.executable} train.py {SMALL} {{}} --steps 16 --save-every 1"
+    finish(command.format(tmp_path / "whole"))
+    rng, kills, inside, runs = np.random.default_rng(0), 0, 0, 0
+    while kills < 20 or inside < 5:
+        out = tmp_path / f"run{runs}"
+        runs += 1
+        for _ in range(5):
+            process = start(
+                command.format(out), out, 1 + (len(metrics(out)) if (out / "metrics.jsonl").exists() else 0)
+            )
+            began = time.time()  # what lies there from an earlier kill is older
+
+            def saving() -> bool:
+                with contextlib.suppress(FileNotFoundError):  # it was renamed meanwhile
+                    return any(f.stat().st_mtime > began for f in [*out.glob("*.new"), *out.glob("*.old")])
+                return False
+
+            if rng.random() < 0.5:
+                time.sleep(rng.uniform(0, 0.3))
+            else:
+                while process.poll() is None and not saving():
+                    pass
+                time.sleep(rng.uniform(0, 0.02))
+            process.kill()
+            process.communicate()
+            kills += process.returncode == -signal.SIGKILL
+            inside += process.returncode == -signal.SIGKILL and saving()
+        finish(command.format(out))
+        assert_same_run(tmp_path / "whole", out)
