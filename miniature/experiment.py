@@ -1,14 +1,14 @@
-"""What matters in the method, measured on the miniature: train.py itself, row by row, over seeds.
+"""What in the method carries the effect, measured on the miniature: train.py itself, row by row, over seeds.
 
-    python miniature/experiment.py                                 # every row of ROWS, five seeds
-    python miniature/experiment.py --rows fitted "recap all" --seeds 0 1 2
+    python miniature/experiment.py                                                  # every row of ROWS, five seeds
+    python miniature/experiment.py --rows "as the recipe" "another image" --seeds 0 1 2
 
-A row is a name and what it changes in the recipe `miniature`. Each run is measured on 3,600 pairs and 3,000 pictures
-that no training has seen, against the untouched CLIP; runs that are done are kept in OUT and not repeated. Printed for
-each row, the mean over its seeds: the change of the pair score in points for both readings, ± its standard error over
-pairs and ± over seeds; the change in points of the zero-shot class accuracy and of a linear probe of the nine details
-on the image embedding; the change of the training loss from the first tenth of the steps to the last. A second table
-gives the change of each type's pair score (`cls`).
+A row is a name and what it changes in the recipe `miniature`. Each CLIP is measured on pairs and pictures that no
+training has seen (3,600 and 3,000), against the untouched one. Runs that are done are kept in OUT and not repeated.
+Printed for each row, the mean over its seeds: the change of the pair score in points for both embeddings, ± its
+standard error over pairs and ± over seeds; the change in points of the zero-shot class accuracy; the training loss in
+the first tenth of the steps after the linear layer's own, and in the last. A second table gives the change of each
+type's pair score (`cls`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -30,58 +29,49 @@ from tqdm import tqdm
 import make
 import train
 from evaluate_mmvp import pairs_right, read_mmvp, similarities, type_names, type_scores
-from model import MINIATURE, load_clip, one_sentence
+from harness.errors import UserError, fail, one_sentence
+from harness.options import parse_args
+from harness.recipes import MINIATURE
+from model import load_clip
 
-FITTED = ["--projection", "fitted"]
+PAPER = "--projection random --no-freeze-projection --recap random:30% --join mean --timesteps 0:1000 --states 2 "
+PAPER += "--optimizer sgd --pull 0"
 ROWS = {  # what each changes in the recipe
-    "as the recipe": [],
-    "lr 1e-4, as published": ["--lr", "1e-4"],
-    "lr 0.03": ["--lr", "0.03"],
-    "recap none": ["--recap", "none"],
-    "recap all": ["--recap", "all"],
-    "another image": [],  # control: each image is judged by the condition of the batch's next one
-    "fitted": FITTED,
-    "fitted, another image": FITTED,
-    "fitted, 200 steps": [*FITTED, "--steps", "200"],
-    "fitted, recap none": [*FITTED, "--recap", "none"],
-    "fitted, recap none, another image": [*FITTED, "--recap", "none"],
-    "fitted, recap none, lr 0.03": [*FITTED, "--recap", "none", "--lr", "0.03"],
-    "fitted, recap all": [*FITTED, "--recap", "all"],
-    "fitted, linear layer frozen": [*FITTED, "--freeze-projection"],
-    "linear layer frozen": ["--freeze-projection"],
-    "N = 1": ["--states", "1"],
-    "N = 4": ["--states", "4"],
-    "text joins by position": ["--join", "positions"],
+    "as the recipe": "",
+    "another image": "",  # the control: each image is judged by the condition of the batch's next one
+    "no pull": "--pull 0",
+    "t uniform": "--timesteps 0:1000",
+    "random start, 200 steps of the layer alone": "--projection random --projection-steps 200 --steps 400 --states 2",
+    "random start": "--projection random",
+    "the paper's way, lr 1e-4": PAPER + " --lr 1e-4",
+    "the paper's way, lr 0.01": PAPER + " --lr 0.01",
 }
 
 
 def measure(folder: str, mmvp: str) -> dict:
-    """A CLIP on what no training has seen: pairs right (readings, pairs), class accuracy, the probe of each detail."""
+    """A CLIP on what no training has seen: pairs right (embeddings, pairs), and class accuracy in percent."""
     clip = load_clip(folder, device=str(make.DEVICE))
     right = pairs_right(similarities(clip, read_mmvp(mmvp), make.DEVICE, batch_size=250, progress=False))
-    scenes, embeddings, accuracy = make.unseen(clip)
-    probe = make.probe(embeddings, scenes, 2000, penalty=0.01)
-    return dict(right=right.astype(int).tolist(), accuracy=accuracy, probe=probe)
+    return dict(right=right.astype(int).tolist(), accuracy=make.unseen(clip)[2])
 
 
 def run(row: str, seed: int, out: Path) -> None:
     """One run of train.py and its measurement, into OUT/ROW-SEED.json."""
-    torch.set_num_threads(max(1, torch.get_num_threads() // JOBS))
-    work = out / f"{row}-{seed}"
-    flags = list(ROWS[row])
-    loss = train.denoising_loss
-    if "another image" in row:  # each image is judged by the condition of its neighbour in the batch
+    torch.set_num_threads(1)
+    work, loss = out / f"{row}-{seed}", train.denoising_loss
+    if row == "another image":
         train.denoising_loss = lambda diffusion, latents, condition, *drawn: loss(
             diffusion, latents, condition.roll(1, 0), *drawn
         )
-    args = train.parse_args([*flags, "--seed", str(seed), "--workers", "0", "--out", str(work), "--overwrite"])
-    args.mmvp = None
-    work.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    args = parse_args([*ROWS[row].split(), "--seed", str(seed), "--workers", "0", "--mmvp=", "--out", str(work)])
     with open(work / "log", "w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         train.train(args)
     train.denoising_loss = loss
     found = measure(f"{work}/clip", f"{out}/mmvp")
     losses = [json.loads(line)["loss"] for line in (work / "metrics.jsonl").read_text().splitlines()]
+    losses = losses[args.projection_steps :]
     tenth = max(1, len(losses) // 10)
     found["loss"] = [float(np.mean(losses[:tenth])), float(np.mean(losses[-tenth:]))]
     (out / f"{row}-{seed}.json").write_text(json.dumps(found))
@@ -89,57 +79,67 @@ def run(row: str, seed: int, out: Path) -> None:
 
 
 def table(rows: list[str], seeds: list[int], out: Path) -> str:
-    """The rows that are measured, as two tables."""
+    """The rows that are measured, as two tables in Markdown."""
     before = json.loads((out / "before.json").read_text())
     right = np.array(before["right"])
     types = [pair.type for pair in read_mmvp(f"{out}/mmvp")]
+    untouched = type_scores(right[0], types)
     by_type = [
         "| cls | " + " | ".join(type_names(types)) + " |",
-        "|---" * (1 + len(type_names(types))) + "|",
-        "| untouched | " + " | ".join(f"{score:.1f}" for score in type_scores(right[0], types).values()) + " |",
+        "|---" * (1 + len(untouched)) + "|",
+        "| untouched | " + " | ".join(f"{score:.1f}" for score in untouched.values()) + " |",
     ]
     lines = [
         f"untouched: cls {100 * right[0].mean():.1f}, cls+local {100 * right[1].mean():.1f}, class "
-        f"{before['accuracy']:.1f}, probe {np.mean(before['probe']):.1f}",
+        f"{before['accuracy']:.1f}",
         "",
-        "| row | seeds | cls | cls+local | class | probe | loss |",
-        "|---|---|---|---|---|---|---|",
+        "| row | seeds | cls | cls+local | class | loss |",
+        "|---|---|---|---|---|---|",
     ]
     for row in rows:
         runs = [json.loads(p.read_text()) for seed in seeds if (p := out / f"{row}-{seed}.json").exists()]
         if not runs:
             continue
-        change = 100 * (np.array([r["right"] for r in runs]) - right)  # (seeds, readings, pairs), in points
+        change = 100 * (np.array([r["right"] for r in runs]) - right)  # (seeds, embeddings, pairs), in points
         cells = []
-        for reading in change.transpose(1, 0, 2):
-            over_pairs = reading.mean(0).std() / reading.shape[1] ** 0.5
-            over_seeds = reading.mean(1).std(ddof=1) / len(runs) ** 0.5 if len(runs) > 1 else float("nan")
-            cells.append(f"{reading.mean():+.2f} ± {over_pairs:.2f} ± {over_seeds:.2f}")
+        for embedding in change.transpose(1, 0, 2):
+            over_pairs = embedding.mean(0).std() / embedding.shape[1] ** 0.5
+            over_seeds = embedding.mean(1).std(ddof=1) / len(runs) ** 0.5 if len(runs) > 1 else float("nan")
+            cells.append(f"{embedding.mean():+.2f} ± {over_pairs:.2f} ± {over_seeds:.2f}")
         cells.append(f"{np.mean([r['accuracy'] for r in runs]) - before['accuracy']:+.1f}")
-        cells.append(f"{np.mean([r['probe'] for r in runs]) - np.mean(before['probe']):+.1f}")
-        cells.append(f"{np.mean([r['loss'][1] - r['loss'][0] for r in runs]):+.4f}")
+        cells.append("{:.4f} → {:.4f}".format(*np.mean([r["loss"] for r in runs], axis=0)))
         lines.append(f"| {row} | {len(runs)} | " + " | ".join(cells) + " |")
         scores = type_scores(change[:, 0].mean(0) / 100, types).values()
         by_type.append(f"| {row} | " + " | ".join(f"{score:+.1f}" for score in scores) + " |")
     return "\n".join([*lines, "", *by_type])
 
 
+def benchmark(out: Path, pairs: int) -> None:
+    """OUT's pairs, `pairs` of each type, and what the untouched CLIP makes of them. UserError: OUT has others."""
+    if (out / "before.json").exists():
+        there = len(json.loads((out / "before.json").read_text())["right"][0]) // len(make.DETAILS)
+        if there != pairs:
+            raise UserError(f"--pairs {pairs}: {out} was measured with {there} of each type; name another --out")
+        return
+    shutil.rmtree(out / "mmvp", ignore_errors=True)
+    (out / "mmvp").mkdir(parents=True)
+    make.write_mmvp(out / "mmvp", pairs, seed=20)
+    (out / "before.json").write_text(json.dumps(measure(f"{MINIATURE}/clip", f"{out}/mmvp")))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.error = sys.exit
+    parser.error = fail
     parser.add_argument("--rows", nargs="+", default=list(ROWS), metavar="ROW", help="which; all, if not given")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], metavar="N")
     parser.add_argument("--pairs", type=int, default=400, metavar="N", help="of each type, to measure with")
-    parser.add_argument("--jobs", type=int, default=JOBS, metavar="N", help="runs at once")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="runs at once, a core each")
     parser.add_argument("--out", type=Path, default=Path("runs/experiment"), metavar="DIR")
     args = parser.parse_args()
     for row in args.rows:
         if row not in ROWS:
-            raise SystemExit(f"--rows {row}: no such row; there are {', '.join(ROWS)}")
-    if not (args.out / "before.json").exists():
-        (args.out / "mmvp").mkdir(parents=True, exist_ok=True)
-        make.write_mmvp(args.out / "mmvp", args.pairs, seed=20)
-        (args.out / "before.json").write_text(json.dumps(measure(f"{MINIATURE}/clip", f"{args.out}/mmvp")))
+            raise UserError(f"--rows {row}: no such row; there are {', '.join(ROWS)}")
+    benchmark(args.out, args.pairs)
     todo = [(r, s) for s in args.seeds for r in args.rows if not (args.out / f"{r}-{s}.json").exists()]
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as workers:
         done = [workers.submit(run, row, seed, args.out) for row, seed in todo]
@@ -147,8 +147,6 @@ def main() -> None:
             one.result()
     print(table(args.rows, args.seeds, args.out))
 
-
-JOBS = os.cpu_count() or 1
 
 if __name__ == "__main__":
     with one_sentence("experiment.py"):

@@ -22,9 +22,10 @@ detail rarely (one in eight), so that class and colour tell a batch's captions a
 text tower is able: it learns first, on text alone, to tell every word apart, class and colour weighing most, and is
 then kept. Post-training changes the vision tower alone; where the text says nothing (two towers that learn together
 make "upright" and "inverted" the same) no training of it could be measured. The diffusion model reads fuller captions
-(each detail in one of two) with a text encoder that learns with it, and sees more of the noisy states: what is not in
-the caption it has to guess, so it learns to read. It is the teacher; that it can read is what makes the world small
-enough to be trained on a CPU, and gate 3 measures it.
+(each detail in one of two) with CLIP's text tower, as Stable Diffusion 1.x does, and sees more of the noisy states:
+what is not in the caption it has to guess, so it learns to read. Like Stable Diffusion it can read the end token alone,
+which it learns from captions (55 of 100) of which nothing else is left. It is the teacher; that it can read is what
+makes the world small enough to be trained on a CPU, and gate 3 measures it.
 
 A pair is the same scene twice, with one detail changed; a statement names class, colour and that detail. `check`
 prints the gates that make the world worth an experiment:
@@ -32,7 +33,8 @@ prints the gates that make the world worth an experiment:
     1  CLIP is not ignorant (class, zero-shot, ≥ 85%), but blind (pair score from 25 to 60); and not beyond help: right
        captions, in 100 steps of the vision tower alone, raise the pair score
     2  the VAE keeps the details: a linear probe reads them from latents and reconstructions nearly as from the images
-    3  the teacher reads its captions: its loss is higher where a caption's detail is wrong (z > 5 for seven of nine)
+    3  the teacher reads its captions: its loss is higher where a caption's detail is wrong (z > 5 for seven of nine);
+       and one token that stands for the sentence: the end token alone lowers it by 90% of what the whole caption does
     4  pictures drawn from captions look like their captions (--samples; to be looked at)
 
 Everything is seeded. Weights are saved in fp16, and the gates measure what is saved.
@@ -66,8 +68,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import random_crop_box
-from evaluate_mmvp import READINGS, average, interval, pairs_right, read_mmvp, similarities
-from model import load_clip, load_diffusion, one_sentence
+from evaluate_mmvp import EMBEDDINGS, average, interval, pairs_right, similarities
+from harness.errors import UserError, fail, one_sentence
+from harness.mmvp import read_mmvp
+from harness.weights import to_transformers
+from model import load_clip, load_diffusion
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PREFIX = "a photo of "  # in front of half of CLIP's captions, and of the benchmark's statements
@@ -180,7 +185,7 @@ def random_scenes(count: int, seed: int | tuple[int, int]) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, VALUES, (count, len(VALUES)))
 
 
-def write_images(out: Path, count: int = 640, seed: int = 3) -> None:
+def write_images(out: Path, count: int = 2000, seed: int = 3) -> None:
     """images.tar: KEY.jpg and KEY.txt for each scene, as img2dataset writes them."""
     rng = np.random.default_rng((seed, 0))
     with tarfile.open(out / "images.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
@@ -198,7 +203,7 @@ def jpeg(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def write_mmvp(out: Path, pairs: int = 15, seed: int = 2) -> None:
+def write_mmvp(out: Path, pairs: int = 100, seed: int = 2) -> None:
     """A benchmark in MMVP-VLM's layout, `pairs` of each type: the same scene, drawn alike, with one detail changed."""
     rows, rng = [["Question ID", "Type", "Statement"]], np.random.default_rng((seed, 0))
     for detail, (name, values) in enumerate(DETAILS.items()):
@@ -219,7 +224,7 @@ def write_mmvp(out: Path, pairs: int = 15, seed: int = 2) -> None:
 
 
 @functools.cache
-def tokenizer(length: int) -> PreTrainedTokenizerFast:
+def tokenizer(length: int, pad: str = "<pad>") -> PreTrainedTokenizerFast:
     """Word by word, and A is not a; the end token has the highest id, which is where CLIP's pooling looks for it."""
     phrases = [PREFIX, "the", *CLASSES, *COLOURS, *(phrase for values in DETAILS.values() for phrase in values)]
     words = ["<pad>", "<unk>", "<start>", *sorted({word for phrase in phrases for word in phrase.split()}), "<end>"]
@@ -228,7 +233,7 @@ def tokenizer(length: int) -> PreTrainedTokenizerFast:
     by_word.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     ends = [(word, ids[word]) for word in ("<start>", "<end>")]
     by_word.post_processor = processors.TemplateProcessing(single="<start> $A <end>", special_tokens=ends)
-    names = dict(bos_token="<start>", eos_token="<end>", pad_token="<pad>", unk_token="<unk>")
+    names = dict(bos_token="<start>", eos_token="<end>", pad_token=pad, unk_token="<unk>")
     return PreTrainedTokenizerFast(tokenizer_object=by_word, model_max_length=length, **names)
 
 
@@ -344,9 +349,40 @@ def encode(vae: AutoencoderKL, pixels: torch.Tensor, scale: float) -> torch.Tens
     return torch.cat([vae.encode(p.to(DEVICE) / 127.5 - 1).latent_dist.mean for p in batches]) * scale
 
 
-def make_diffusion(out: Path, seed: int, steps: int = 4000, batch: int = 128) -> None:
-    """diffusion/: a U-Net and the text encoder that learns with it, by ε-prediction on the VAE's latents."""
-    tok = tokenizer(20)
+def text_encoder(clip: torch.nn.Module) -> CLIPTextModel:
+    """CLIP's own text tower in transformers' form, frozen; Stable Diffusion 1.x reads OpenAI's in this way."""
+    (length, width), layers = clip.positional_embedding.shape, clip.transformer.resblocks
+    config = CLIPTextConfig(
+        vocab_size=clip.vocab_size, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=len(layers),
+        num_attention_heads=layers[0].attn.num_heads, max_position_embeddings=length, hidden_act="gelu",
+        bos_token_id=2, eos_token_id=clip.vocab_size - 1, pad_token_id=clip.vocab_size - 1,
+    )  # fmt: skip
+    weights = to_transformers(clip.state_dict()).items()
+    text = CLIPTextModel(config)
+    text.load_state_dict({k.removeprefix("text_model."): v for k, v in weights if k.startswith("text_model.")})
+    return text.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def text_states(text: CLIPTextModel, captions: list[str], tok, alone) -> torch.Tensor:
+    """The text encoder's states (B, L, W); where `alone` (a bool, or B of them), the end token's at every position but
+    the first: one token that stands for the sentence.
+    """
+    ids = tokens(captions, tok)
+    states = text(ids).last_hidden_state
+    end = states[torch.arange(len(ids)), ids.argmax(1)][:, None]  # (B, 1, W): the first of the highest ids
+    alone = torch.as_tensor(alone, device=ids.device).expand(len(ids))[:, None, None]
+    return torch.cat([states[:, :1], torch.where(alone, end, states[:, 1:])], 1)
+
+
+def make_diffusion(out: Path, seed: int, steps: int = 4500, batch: int = 128) -> None:
+    """diffusion/: a U-Net that reads CLIP's text tower, by ε-prediction on the VAE's latents.
+
+    In 55 of 100 captions the end token alone is left, so that it learns to read one token, as Stable Diffusion can
+    ("Padding Tone", NAACL 2025).
+    """
+    clip = load_clip(str(out / "clip"), device=str(DEVICE)).model
+    text, tok = text_encoder(clip).to(DEVICE), tokenizer(clip.context_length, pad="<end>")
     vae = AutoencoderKL.from_pretrained(out / "diffusion" / "vae", torch_dtype=torch.float32).to(DEVICE)
     vae.register_to_config(_name_or_path="")  # where it lay is nobody's business
     scenes, pixels = pool(POOL, seed + 1)
@@ -355,31 +391,26 @@ def make_diffusion(out: Path, seed: int, steps: int = 4000, batch: int = 128) ->
     unet = UNet2DConditionModel(
         sample_size=8, block_out_channels=(64, 128), layers_per_block=1, norm_num_groups=8, attention_head_dim=(2, 4),
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=128, use_linear_projection=True,
-    )  # fmt: skip
+        cross_attention_dim=text.config.hidden_size, use_linear_projection=True,
+    ).to(DEVICE)  # fmt: skip
     unet.set_attn_processor(AttnProcessor())
-    config = CLIPTextConfig(
-        vocab_size=len(tok), hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=20, bos_token_id=2, eos_token_id=len(tok) - 1, pad_token_id=0,
-    )  # fmt: skip
-    model = torch.nn.ModuleDict(dict(unet=unet, text=CLIPTextModel(config))).to(DEVICE)
     scheduler = DDPMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
     )
     rng = np.random.default_rng(seed)
 
-    def loss(model: torch.nn.Module) -> torch.Tensor:
+    def loss(unet: torch.nn.Module) -> torch.Tensor:
         chosen = rng.integers(0, len(scenes), batch)
         named = rng.random((batch, 10)) < DIFFUSION_NAMES
         captions = [caption(s, n) * (rng.random() < 0.9) for s, n in zip(scenes[chosen], named)]  # one in ten: empty
-        states = model["text"](tokens(captions, tok)).last_hidden_state
+        states = text_states(text, captions, tok, rng.random(batch) < 0.55)
         t = torch.from_numpy(rng.integers(0, 1000, (2, batch)).max(0)).to(DEVICE)  # the later of two: more noise
         z, noise = latents[chosen], torch.randn(batch, *latents.shape[1:], device=DEVICE)
-        return F.mse_loss(model["unet"](scheduler.add_noise(z, noise, t), t, states).sample.float(), noise)
+        return F.mse_loss(unet(scheduler.add_noise(z, noise, t), t, states).sample.float(), noise)
 
-    model = fit("diffusion", model, loss, steps, 1e-3)
+    unet = fit("diffusion", unet, loss, steps, 1e-3)
     StableDiffusionPipeline(
-        vae=vae.half(), unet=model["unet"].half(), text_encoder=model["text"].half(), tokenizer=tok,
+        vae=vae.half(), unet=unet.half(), text_encoder=text.half(), tokenizer=tok,
         scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     ).save_pretrained(out / "diffusion")  # fmt: skip
 
@@ -430,10 +461,10 @@ def check(out: Path, samples: str | None) -> None:
         pairs = read_mmvp(folder)
         types = [pair.type for pair in pairs]
         before = pairs_right(similarities(clip, pairs, DEVICE))
-        for reading, r in zip(READINGS, before):
+        for embedding, r in zip(EMBEDDINGS, before):
             score, (low, high) = average(r, types), interval(r, types)
             fits = 25 < score < 60
-            gate(f"pair score, 900 unseen pairs, {reading}: {score:.1f} ({low:.1f}–{high:.1f}) (25–60)", fits)
+            gate(f"pair score, 900 unseen pairs, {embedding}: {score:.1f} ({low:.1f}–{high:.1f}) (25–60)", fits)
         scenes, pixels = pool(4000, 12)
         fit_vision("check", clip.model, scenes, pixels, 10 * [1.0], np.random.default_rng(12), 100, 1e-4)
         after = pairs_right(similarities(clip, pairs, DEVICE))[0]
@@ -459,6 +490,10 @@ def check(out: Path, samples: str | None) -> None:
     for name, (mean, z) in zip(DETAILS, clear):
         print(f"    {name:21} {mean:+.5f}  z = {z:.1f}")
     gate(f"z > 5 for {sum(z > 5 for _, z in clear)} of nine (≥ 7)", sum(z > 5 for _, z in clear) >= 7)
+    none, whole, alone = end_token(pipe, scenes[:2000], latents[:2000])
+    share = 100 * (none - alone) / (none - whole)
+    text = f"loss with no caption {none:.4f}, a whole one {whole:.4f}, its end token alone {alone:.4f}"
+    gate(f"{text}: {share:.0f}% of what the whole one brings (≥ 90)", share >= 90)
 
     if samples:
         rng = np.random.default_rng(13)
@@ -495,9 +530,29 @@ def rise(pipe: StableDiffusionPipeline, scenes: np.ndarray, latents: torch.Tenso
     return d.mean().item(), (d.mean() / (d.std() / len(d) ** 0.5)).item()
 
 
+@torch.no_grad()
+def end_token(pipe: StableDiffusionPipeline, scenes: np.ndarray, latents: torch.Tensor) -> list[float]:
+    """The denoising loss with no caption, with captions that name half of the details, with their end token alone.
+
+    Same latents, noise and timestep (0 to 999) for all three.
+    """
+    rng, losses = np.random.default_rng(14), []
+    for start in range(0, len(scenes), 250):
+        z = latents[start : start + 250]
+        named = rng.random((len(z), 10)) < DIFFUSION_NAMES
+        captions = [caption(scene, n) for scene, n in zip(scenes[start : start + 250], named)]
+        t = torch.from_numpy(rng.integers(0, 1000, len(z))).to(DEVICE)
+        noise = torch.from_numpy(rng.standard_normal(z.shape, dtype=np.float32)).to(DEVICE)
+        noisy = pipe.scheduler.add_noise(z, noise, t)
+        for texts, alone in (([""] * len(z), False), (captions, False), (captions, True)):
+            states = text_states(pipe.text_encoder, texts, pipe.tokenizer, alone)
+            losses.append(F.mse_loss(pipe.unet(noisy, t, states).sample, noise).item())
+    return np.reshape(losses, (-1, 3)).mean(0).tolist()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Makes the miniature world and its models from nothing.")
-    parser.error = sys.exit  # a sentence, without the usage in front of it
+    parser.error = fail  # a sentence, without the usage in front of it
     parts = parser.add_subparsers(dest="part", required=True, metavar="PART")
     helps = dict(
         all="every part below, in this order, then the gates", images="images.tar", mmvp="a benchmark",
@@ -505,10 +560,10 @@ def main() -> None:
     )  # fmt: skip
     for name, text in helps.items():
         part = parts.add_parser(name, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        part.error = sys.exit
+        part.error = fail
         if name == "mmvp":
             part.add_argument("out", type=Path, metavar="DIR", help="where it is written")
-            part.add_argument("--pairs", type=int, default=15, help="of each type")
+            part.add_argument("--pairs", type=int, default=100, help="of each type")
             part.add_argument("--seed", type=int, default=2, help="of the scenes")
         else:
             part.add_argument("--out", type=Path, default=Path("world"), metavar="DIR", help="the world's folder")
@@ -527,7 +582,7 @@ def main() -> None:
         check=lambda: check(args.out, args.samples),
     )  # fmt: skip
     if args.part == "mmvp" and args.out.exists() and any(args.out.iterdir()):
-        raise SystemExit(f"{args.out}: is not empty; a benchmark takes a folder of its own")
+        raise UserError(f"{args.out}: is not empty; a benchmark takes a folder of its own")
     args.out.mkdir(parents=True, exist_ok=True)
     for name in make if args.part == "all" else [args.part]:
         start = time.perf_counter()
