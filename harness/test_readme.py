@@ -1,0 +1,52 @@
+"""What the READMEs tell to type is what the commands take."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from harness.options import parse_args
+from harness.recipes import MINIATURE
+
+ROOT = Path(__file__).parents[1]
+READMES = [ROOT / "README.md", *(ROOT / folder / "README.md" for folder in ("harness", "extras", "miniature"))]
+COMMANDS = {  # each line once, without a shell's loop and comment
+    line.strip().split("  #")[0].replace("\\\n", " ")
+    for readme in READMES
+    for line in re.findall(r"^ {4}.*(?:\\\n.*)*$", readme.read_text(), re.MULTILINE)
+}
+
+
+def arguments(command: str, script: str) -> list[str]:
+    """What stands behind a script's name, up to the next command; a loop's variable is a value like any other."""
+    text = re.split(r" && |;", command.partition(script)[2])[0]
+    values = {"$recap": "all", "$part": "0000", "$diffusion": "A/B", "$(basename A/B)": "B"}
+    for name, value in values.items():
+        text = text.replace(name, value)
+    return shlex.split(text)
+
+
+@pytest.mark.parametrize("command", sorted(c for c in COMMANDS if "train.py" in c and "..." not in c))
+def test_train_takes_the_commands(command, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    given = arguments(command, "train.py")
+    assert parse_args(given).steps >= 1
+
+
+@pytest.mark.parametrize("script", ["evaluate_mmvp.py", "extras/report.py", "extras/export.py", "extras/bench.py",
+                                    "extras/feedback.py", "miniature/make.py", "miniature/experiment.py"])  # fmt: skip
+def test_options_in_the_readmes_exist(script):
+    """A word that begins with two hyphens is an option of the command that it stands behind, or of train.py."""
+    source = (ROOT / script).read_text() + (ROOT / "harness" / "options.py").read_text()
+    named = {word for c in COMMANDS if script in c for word in re.findall(r"--[a-z-]+", c.partition(script)[2])}
+    assert all(f'"{option}"' in source for option in named), named
+
+
+def test_the_snippet_that_loads_a_trained_clip_runs():
+    lines = re.findall(r"^ {4}((?:model|tokenizer).*open_clip.*)$", (ROOT / "extras" / "README.md").read_text(), re.M)
+    assert len(lines) == 2
+    code = "\n".join(["import open_clip", *lines]).replace("runs/l14/clip", str(MINIATURE / "clip"))
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path.cwd())
