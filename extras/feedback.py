@@ -152,10 +152,10 @@ def text(stages: dict[str, dict]) -> str:
     names = {name for found in stages.values() for name in found["needle"]}
     width, lines = max(map(len, [*stages, *names])), []
     for stage, found in stages.items():
-        lines += ["", f"{stage:{width + 2}}needle      z  score before → after {len(found['scores']) - 1} moves"]
+        lines += ["", f"{stage:{width + 2}}  needle      z  score before → after {len(found['scores']) - 1} moves"]
         for name, row in found["needle"].items():
             z = "" if row["z"] is None else f"{row['z']:.1f}"
-            line = f"  {name:{width}}{row['mean']:+.3f}  {z:>5}"
+            line = f"  {name:{width}}  {row['mean']:+.3f}  {z:>5}"
             if name == "all":
                 scores = " → ".join(f"{score:.1f}" for score in found["scores"])
                 line += "  {} (change {low:+.1f} … {high:+.1f})".format(scores, **found["change"])
