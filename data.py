@@ -306,10 +306,9 @@ def read_batches(dataset: TrainingImages, keys: Iterator, workers: int, device: 
 
 
 def leave_signals_to_the_run(worker: int) -> None:
-    """Ctrl-C and clusters signal every process; when a worker ends is for the run to say, and it says so by SIGTERM."""
-    for number in (signal.SIGINT, signal.SIGUSR1):
+    """Ctrl-C, clusters and torchrun signal every process; the run needs its readers to end its step."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def to_device(batch: dict, device: torch.device) -> dict:

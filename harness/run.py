@@ -150,7 +150,9 @@ class Run:
         if number:
             dist.barrier()
             name = signal.Signals(number.item()).name
-            raise Stopped(f"{name}: stopped after {step} steps, saved in {self.out}; the same command goes on", number)
+            raise Stopped(
+                f"{name}: stopped after {step} steps, saved in {self.out}; the same command goes on", number.item()
+            )
 
     def close(self) -> None:
         """Ends the bar, and gives signals their usual meaning back."""

@@ -296,6 +296,20 @@ def test_a_signal_stops_after_the_step_and_loses_none(tmp_path, monkeypatch, who
     assert_same_run(whole, run(tmp_path / "run", STEPS))
 
 
+def test_a_signal_to_all_processes_lets_the_step_end(tmp_path):
+    """torchrun and clusters signal the readers too; a step of twelve micro-batches needs them to its end."""
+    out = tmp_path / "run"
+    flags = f"{SMALL} {out} --steps 1000 --batch-size 24 --micro-batch 2 --states 1 --workers 2"
+    command = [sys.executable, "train.py", *flags.split()]
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not (out / "metrics.jsonl").exists():
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, said
+    assert said.splitlines()[-1].endswith("the same command goes on") and steps_saved(out) == len(metrics(out)) >= 1
+
+
 def test_a_full_disk_costs_nothing_but_time(tmp_path, whole):
     """A tmpfs with room for one checkpoint: a sentence, the earlier one whole; with more room the run goes on."""
     size, disk = sum(f.stat().st_size for f in whole.rglob("*") if f.is_file()), tmp_path / "disk"
