@@ -214,7 +214,7 @@ def load_diffusion(name: str, text: str, dtype: torch.dtype, device, random_weig
             f"{name}: no Stable Diffusion 1.x or 2.x (it predicts {predicts}; its VAE gives {gives} channels, its "
             f"U-Net reads {reads}{f' and a condition of kind {more}' if more else ''})"
         )
-    for module in (vae, unet):  # φ never changes: none of its weights takes a gradient
+    for module in (vae, unet):  # Alg. 1, line 6: φ never changes; none of its weights takes a gradient
         module.requires_grad_(False).eval().to(device)
     return Diffusion(vae, unet, scheduler.alphas_cumprod.float().to(device), predicts, embedding.float().to(device))
 

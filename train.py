@@ -5,7 +5,8 @@
     python train.py ...                                # the same, one process
 
 Algorithm 1, by the numbers of its lines: the loop is `algorithm_1` below (lines 1 and 6), the condition is
-`VisualCondition.forward` in condition.py (lines 2 and 3), the loss is `denoising_loss` below (lines 4 and 5).
+`VisualCondition.forward` in condition.py (lines 2 and 3), the loss is `denoising_loss` below (lines 4 and 5). t, ε and
+the patches of each image come with its batch: `draw` below makes them. L is a mean over latent elements too.
 """
 
 from harness.errors import one_sentence

@@ -51,7 +51,7 @@ class Recipe:
 
 
 RECIPES = {
-    "miniature": Recipe(  # not the paper's settings: what miniature/README.md found to work in five minutes
+    "miniature": Recipe(  # not the paper's settings: what miniature/README.md found to work in minutes
         f"{MINIATURE}/clip", "none", "positions", 64, data=[f"{MINIATURE}/images.tar"], mmvp=f"{MINIATURE}/mmvp",
         diffusion=f"{MINIATURE}/diffusion", states=4, timesteps="500:1000", steps=200, batch_size=64, micro_batch=64,
         optimizer="adamw", lr=2e-4, warmup=0.03, projection="fitted", freeze_projection=True, pull=0.05, seed=1,
@@ -133,7 +133,7 @@ def check_join(join: str, recap: Recap, positions: int) -> None:
     """UserError unless a condition of the class token and `recap` can join a text of `positions` positions."""
     if join == "positions" and recap.count and 1 + recap.count != positions:
         raise UserError(
-            f"--join positions: the text has {positions} positions, the recap {1 + recap.count} tokens; use mean"
+            f"--join positions: the text has {positions} positions, the recap {1 + recap.count} tokens; use --join mean"
         )
 
 
