@@ -180,7 +180,7 @@ def plan(args: argparse.Namespace, first_step: int, clip, conditioner, images, d
         for module in (conditioner.visual, conditioner.projection)
     )
     processes, slow = dist.get_world_size(), ""
-    accumulated = args.batch_size // (args.micro_batch * processes)
+    accumulated, tokens = args.batch_size // (args.micro_batch * processes), 1 + conditioner.recap.count
     if device.type == "cpu" and images.size >= 256:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         hours = args.batch_size * 5 * (images.size / 512) ** 2 / (0.1 * cores) / 3600
@@ -190,7 +190,8 @@ def plan(args: argparse.Namespace, first_step: int, clip, conditioner, images, d
         "CLIP θ": f"{args.clip}, {clip.image_size}²; trains {tower:.4g} M parameters of its vision tower "
         f"and {linear:.3g} M of the linear layer",
         "diffusion φ": f"{args.diffusion}, frozen, {args.precision} on {device.type}",
-        "condition": f"{1 + conditioner.recap.count} tokens, recap {args.recap}, text {args.text!r} by {args.join}",
+        "condition": f"{tokens} token{'s' if tokens > 1 else ''}, recap {args.recap}, "
+        f"text {args.text!r} by {args.join}",
         "images": f"{len(images):,} at {images.size}², {args.states} noisy states each",
         "steps": f"{first_step:,} to {args.steps:,}, lr {args.lr:g}, batch {args.batch_size} = {processes} "
         f"process{'es' if processes > 1 else ''} × micro-batch {args.micro_batch} × {accumulated} accumulated{slow}",
