@@ -1,7 +1,7 @@
 """What a training step costs, and what stands around it: time, memory, and work beside the least that is needed.
 
     python extras/bench.py --recipe openai-vit-l-14-224 --micro-batch 32   # one step, with these settings of train.py
-    python extras/bench.py --recipe openai-vit-l-14-224 --as-released      # beside the released code's work, in turns
+    python extras/bench.py --recipe openai-vit-l-14-224 --as-released      # beside the released code's work, alternately
     python extras/bench.py --all --minutes 10 --json costs.json --readme   # everything, for extras/README.md
 
 The step is train.py's own (see step.py), on one device, with random weights and synthetic images: one micro-batch and
@@ -93,7 +93,7 @@ class Bench:
             raise TimeOver
 
     def time(self, *calls: Callable, share: float = 1, expected: float = 0) -> list[list[float]]:
-        """Seconds of each of `calls`, taken in turns: twice at least, then while a share of the limit lasts.
+        """Seconds of each of `calls`, taken alternately: twice at least, then while a share of the limit lasts.
 
         A round that would end after the deadline is not begun; `expected` is how long the first will take.
         """
@@ -195,7 +195,7 @@ def largest_micro_batch(bench: Bench, step: Step) -> Iterator[dict]:
 
 
 def as_released(bench: Bench) -> Iterator[dict]:
-    """The released step's work, imitated, in turns with this step."""
+    """The released step's work, imitated, alternately with this step."""
     step = bench.step()
     if bench.device.type == "cuda":
         step.take(max(1, step.args.micro_batch // 2))  # both models have to fit
@@ -205,7 +205,7 @@ def as_released(bench: Bench) -> Iterator[dict]:
     step.take(released.args.micro_batch)
     here, there = bench.time(step, released, expected=step.seconds + released.seconds)
     yield bench.row(f"{bench.recipe}, the released step's work", released, there)
-    what = f"{bench.recipe}: the released step's time over this one's, in turns"
+    what = f"{bench.recipe}: the released step's time over this one's, taken alternately"
     yield figure(what, [b / a for a, b in zip(here, there)], "times")
 
 
@@ -308,7 +308,7 @@ def count_syncs(step: Step, steps: int) -> int:
 
 
 def evaluation(bench: Bench) -> Iterator[dict]:
-    """Scoring pairs of the miniature's benchmark, in turns with encoding alone."""
+    """Scoring pairs of the miniature's benchmark, alternately with encoding alone."""
     pairs = read_mmvp(RECIPES["miniature"].mmvp)[:48]
     clip = load_clip(bench.args().clip, random_weights=True, device=str(bench.device))
     images = torch.rand(32, 3, clip.image_size, clip.image_size, device=bench.device)
@@ -327,7 +327,7 @@ def evaluation(bench: Bench) -> Iterator[dict]:
     evaluate()  # both to warm up
     alone, whole = bench.time(encode, evaluate)
     ratios = [b / a for a, b in zip(alone, whole)]
-    yield figure(f"{bench.recipe}: evaluation over encoding alone, in turns", ratios, "times")
+    yield figure(f"{bench.recipe}: evaluation over encoding alone, taken alternately", ratios, "times")
 
 
 FULL_SIZE_ON_CPU = (ceiling, plain_step, as_released)

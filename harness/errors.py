@@ -26,12 +26,14 @@ class Stopped(UserError):
 
 def fail(message: str) -> None:
     """Raises UserError; an ArgumentParser's `error`, so that its sentence comes without the usage in front of it."""
-    raise UserError(message)
+    raise UserError(f"{message}; --help lists the options")
 
 
 def brief(error: Exception) -> str:
     """An exception's message in one line of at most 400 characters: libraries write paragraphs."""
-    message = " ".join(str(error).split()) or type(error).__name__
+    message = " ".join(str(error).split())
+    if not re.search("[a-z]", message):  # nothing, or a number
+        message = type(error).__name__
     return message if len(message) <= 400 else message[:400] + " …"
 
 

@@ -188,7 +188,7 @@ def plan(args: argparse.Namespace, first_step: int, clip, conditioner, images, d
     lines = {
         "recipe": f"{args.recipe}, seed {args.seed}" + (", random weights" if args.random_weights else ""),
         "CLIP θ": f"{args.clip}, {clip.image_size}²; trains {tower:.4g} M parameters of its vision tower "
-        f"and {linear:.3g} M of the linear layer",
+        + (f"and {linear:.3g} M of the linear layer" if linear else "alone"),
         "diffusion φ": f"{args.diffusion}, frozen, {args.precision} on {device.type}",
         "condition": f"{tokens} token{'s' if tokens > 1 else ''}, recap {args.recap}, "
         f"text {args.text!r} by {args.join}",
