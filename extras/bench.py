@@ -1,7 +1,7 @@
 """What a training step costs, and what stands around it: time, memory, and work beside the least that is needed.
 
     python extras/bench.py --recipe openai-vit-l-14-224 --micro-batch 32   # one step, with these settings of train.py
-    python extras/bench.py --recipe openai-vit-l-14-224 --as-released      # beside the released code's work, alternately
+    python extras/bench.py --recipe openai-vit-l-14-224 --as-released   # beside the released code's work, alternately
     python extras/bench.py --all --minutes 10 --json costs.json --readme   # everything, for extras/README.md
 
 The step is train.py's own (see step.py), on one device, with random weights and synthetic images: one micro-batch and

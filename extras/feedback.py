@@ -152,13 +152,13 @@ def text(stages: dict[str, dict]) -> str:
     names = {name for found in stages.values() for name in found["needle"]}
     width, lines = max(map(len, [*stages, *names])), []
     for stage, found in stages.items():
-        lines += ["", f"{stage:{width + 2}}  needle      z  score before → after {len(found['scores']) - 1} moves"]
+        lines += ["", f"{stage:{width + 2}}  needle      z  score before → after each move"]
         for name, row in found["needle"].items():
             z = "" if row["z"] is None else f"{row['z']:.1f}"
             line = f"  {name:{width}}  {row['mean']:+.3f}  {z:>5}"
             if name == "all":
                 scores = " → ".join(f"{score:.1f}" for score in found["scores"])
-                line += "  {} (change {low:+.1f} … {high:+.1f})".format(scores, **found["change"])
+                line += "  {} (95% interval of the change {low:+.1f} … {high:+.1f})".format(scores, **found["change"])
             else:
                 line += f"  {found['types_before'][name]:.1f} → {found['types_after'][name]:.1f}"
             lines.append(line)
@@ -199,7 +199,7 @@ def main(argv: list[str] | None = None) -> None:
     passes = 2 * len(found) * own.draws * args.states * max(1, own.moves) * (2 if args.projection_steps else 1)
     passes += args.projection_steps * args.batch_size * args.states
     tflop = 1.671 * (dataset.size / 512) ** 2
-    print(f"{passes:,} passes of the U-Net forward and back; of Stable Diffusion's, about {passes * tflop:,.0f} TFLOP")
+    print(f"{passes:,} passes of the U-Net, forward and back; with Stable Diffusion's, {passes * tflop:,.0f} TFLOP")
     pairs = Pairs(clip, diffusion, found, dataset.size, device)
     conditioner.requires_grad_(False)
     stages = {f"{args.projection} start": measure(parts, pairs, own, args.micro_batch, args.seed)}
@@ -210,7 +210,7 @@ def main(argv: list[str] | None = None) -> None:
         batches = read_batches(dataset, keys, args.workers, device)
         algorithm_1(args, clip, diffusion, conditioner, optimizer, batches, Bar(args.steps))
         conditioner.requires_grad_(False)
-        after = f"after {args.projection_steps} steps of the linear layer"
+        after = f"linear layer after step {args.projection_steps}"
         stages[after] = measure(parts, pairs, own, args.micro_batch, args.seed)
     print(text(stages))
     if own.json:

@@ -102,7 +102,7 @@ def test_the_command_prints_and_writes_its_figures(tmp_path, capsys):
     feedback.main([*options.split(), "--workers", "0", "--json", str(tmp_path / "f.json")])
     stages = json.loads((tmp_path / "f.json").read_text())["stages"]
     printed = capsys.readouterr().out
-    assert list(stages) == ["random start", "after 2 steps of the linear layer"]
+    assert list(stages) == ["random start", "linear layer after step 2"]
     first, second = (stage["needle"] for stage in stages.values())
     assert len(first) == 10 and first != second  # nine types and all: the layer has learnt
     assert all(f"{row['mean']:+.3f}" in printed for stage in (first, second) for row in stage.values())

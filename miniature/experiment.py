@@ -1,7 +1,7 @@
 """What in the method carries the effect, measured on the miniature: train.py itself, row by row, over seeds.
 
     python miniature/experiment.py                                                  # every row of ROWS, five seeds
-    python miniature/experiment.py --rows "as the recipe" "another image" --seeds 0 1 2
+    python miniature/experiment.py --rows "as the recipe" "another image" --seeds 1 2 3
 
 A row is a name and what it changes in the recipe `miniature`. Each CLIP is measured on pairs and pictures that no
 training has seen (3,600 and 3,000), against the untouched one. Runs that are done are kept in OUT and not repeated.
@@ -34,17 +34,24 @@ from harness.options import parse_args
 from harness.recipes import MINIATURE
 from model import load_clip
 
-PAPER = "--projection random --no-freeze-projection --recap random:30% --join mean --timesteps 0:1000 --states 2 "
-PAPER += "--optimizer sgd --pull 0"
+SHORT = "--steps 100 --states 2 "  # a quarter of the recipe's work: the rows after it change one thing each
+PAPER = "--projection random --no-freeze-projection --recap random:30% --join mean --timesteps 0:1000 "
+PAPER += "--optimizer sgd --pull 0 "
 ROWS = {  # what each changes in the recipe
     "as the recipe": "",
     "another image": "",  # the control: each image is judged by the condition of the batch's next one
-    "no pull": "--pull 0",
-    "t uniform": "--timesteps 0:1000",
-    "random start, 200 steps of the layer alone": "--projection random --projection-steps 200 --steps 400 --states 2",
-    "random start": "--projection random",
-    "the paper's way, lr 1e-4": PAPER + " --lr 1e-4",
-    "the paper's way, lr 0.01": PAPER + " --lr 0.01",
+    "100 steps, N = 2": SHORT,
+    "400 steps, N = 2": SHORT + "--steps 400",
+    "no pull": SHORT + "--pull 0",
+    "t uniform": SHORT + "--timesteps 0:1000",
+    "30% of the patches": SHORT + "--recap random:30% --join mean",
+    "all patches": SHORT + "--recap all --join mean",
+    "SGD, lr 0.03": SHORT + "--optimizer sgd --lr 0.03",
+    "random start": SHORT + "--projection random",
+    "random start, 200 steps of the layer alone": SHORT + "--projection random --projection-steps 200 --steps 300",
+    "the paper's way, lr 1e-4": SHORT + PAPER + "--lr 1e-4",
+    "the paper's way, lr 0.01": SHORT + PAPER + "--lr 0.01",
+    "right captions": None,  # no feedback: make.learn_captions
 }
 
 
@@ -56,26 +63,39 @@ def measure(folder: str, mmvp: str) -> dict:
 
 
 def run(row: str, seed: int, out: Path) -> None:
-    """One run of train.py and its measurement, into OUT/ROW-SEED.json."""
+    """One training and its measurement, into OUT/ROW-SEED.json."""
     torch.set_num_threads(1)
-    work, loss = out / f"{row}-{seed}", train.denoising_loss
+    work = out / f"{row}-{seed}"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    with open(work / "log", "w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        if row == "right captions":
+            clip = load_clip(f"{MINIATURE}/clip", device=str(make.DEVICE))
+            make.learn_captions(clip.model, *make.pool(4000, 100 + seed), seed)
+            (work / "clip").mkdir()
+            clip.save(work / "clip")
+            losses = []
+        else:
+            losses = feedback(row, seed, work)
+    found = measure(f"{work}/clip", f"{out}/mmvp")
+    tenth = max(1, len(losses) // 10)
+    found["loss"] = [float(np.mean(part)) for part in (losses[:tenth], losses[-tenth:]) if part]
+    (out / f"{row}-{seed}.json").write_text(json.dumps(found))
+    shutil.rmtree(work)
+
+
+def feedback(row: str, seed: int, work: Path) -> list[float]:
+    """Runs train.py with a row's options, and returns the losses of the steps that train CLIP."""
+    args = parse_args([*ROWS[row].split(), "--seed", str(seed), "--workers", "0", "--mmvp=", "--out", str(work)])
+    loss = train.denoising_loss
     if row == "another image":
         train.denoising_loss = lambda diffusion, latents, condition, *drawn: loss(
             diffusion, latents, condition.roll(1, 0), *drawn
         )
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
-    args = parse_args([*ROWS[row].split(), "--seed", str(seed), "--workers", "0", "--mmvp=", "--out", str(work)])
-    with open(work / "log", "w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        train.train(args)
+    train.train(args)
     train.denoising_loss = loss
-    found = measure(f"{work}/clip", f"{out}/mmvp")
     losses = [json.loads(line)["loss"] for line in (work / "metrics.jsonl").read_text().splitlines()]
-    losses = losses[args.projection_steps :]
-    tenth = max(1, len(losses) // 10)
-    found["loss"] = [float(np.mean(losses[:tenth])), float(np.mean(losses[-tenth:]))]
-    (out / f"{row}-{seed}.json").write_text(json.dumps(found))
-    shutil.rmtree(work)
+    return losses[args.projection_steps :]
 
 
 def table(rows: list[str], seeds: list[int], out: Path) -> str:
@@ -107,7 +127,7 @@ def table(rows: list[str], seeds: list[int], out: Path) -> str:
             over_seeds = embedding.mean(1).std(ddof=1) / len(runs) ** 0.5 if len(runs) > 1 else float("nan")
             cells.append(f"{embedding.mean():+.2f} ± {over_pairs:.2f} ± {over_seeds:.2f}")
         cells.append(f"{np.mean([r['accuracy'] for r in runs]) - before['accuracy']:+.1f}")
-        cells.append("{:.4f} → {:.4f}".format(*np.mean([r["loss"] for r in runs], axis=0)))
+        cells.append(" → ".join(f"{loss:.4f}" for loss in np.mean([r["loss"] for r in runs], axis=0)))
         lines.append(f"| {row} | {len(runs)} | " + " | ".join(cells) + " |")
         scores = type_scores(change[:, 0].mean(0) / 100, types).values()
         by_type.append(f"| {row} | " + " | ".join(f"{score:+.1f}" for score in scores) + " |")
@@ -131,7 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.error = fail
     parser.add_argument("--rows", nargs="+", default=list(ROWS), metavar="ROW", help="which; all, if not given")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], metavar="N")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5], metavar="N")
     parser.add_argument("--pairs", type=int, default=400, metavar="N", help="of each type, to measure with")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="runs at once, a core each")
     parser.add_argument("--out", type=Path, default=Path("runs/experiment"), metavar="DIR")
