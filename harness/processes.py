@@ -23,7 +23,7 @@ def join_processes() -> torch.device:
             raise UserError(f"--nproc_per_node: more processes than the {torch.cuda.device_count()} GPUs of this node")
         torch.cuda.set_device(device)
     else:
-        device = torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        device = torch.device("cpu")
     store, rank, processes = dist.HashStore(), 0, 1
     if "RANK" in os.environ:
         store, rank, processes = next(rendezvous("env://"))
