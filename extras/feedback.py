@@ -6,7 +6,8 @@
 
 **The needle.** A pair of the benchmark has images A, B and statements a, b, with the margins cos(a, A) − cos(a, B) and
 cos(b, B) − cos(b, A). Let each image's class token take one small step down its own denoising loss: do the margins
-rise? To first order the rise of their sum m is −∇m · g, where g is the loss's gradient, averaged over `--draws` states.
+rise? To first order the rise of their sum m is −∇m · g, where g is the loss's gradient, averaged over `--draws` draws
+of the N states.
 It is divided by |∇m| and by the mean |g| over pairs, so it is a cosine on the average: 0 means that the feedback has no
 direction, 1 that it is the direction of the words. z is its mean over its standard error over pairs.
 
@@ -35,8 +36,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from condition import visual_tokens
 from data import batch_keys, open_images, read_batches, to_rgb
-from evaluate_mmvp import average, interval, pairs_right, read_mmvp, type_names, type_scores
+from evaluate_mmvp import average, interval, pairs_right, type_names, type_scores
 from harness.errors import UserError, fail, one_sentence
+from harness.mmvp import read_mmvp
 from harness.options import parse_args
 from harness.processes import join_processes
 from train import algorithm_1, build, build_optimizer, denoising_loss
@@ -173,7 +175,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.error = fail
     parser.add_argument("--pairs", type=int, metavar="N", help="of each type; if not given, all")
-    parser.add_argument("--draws", type=int, default=3, metavar="N", help="draws of the N states (default: 3)")
+    parser.add_argument("--draws", type=int, default=3, metavar="N", help="draws of N states, averaged (default: 3)")
     parser.add_argument("--moves", type=int, default=8, metavar="N", help="of the class tokens (default: 8)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="a file for the figures")
     own, rest = parser.parse_known_args(argv)
@@ -181,13 +183,11 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--draws and --pairs must be at least 1, --moves at least 0")
     if own.json and not own.json.absolute().parent.is_dir():
         raise UserError(f"--json {own.json}: there is no such folder")
-    if "--data" not in rest and "--recipe" in rest:
-        rest += ["--data", "synthetic"]
     args = parse_args([*rest, "--steps", "1000000000"])  # --projection-steps are a part of them
     if not args.mmvp:
         raise UserError("--mmvp is needed: the hub's MMVP/MMVP_VLM, or a folder in its layout")
-    if args.projection_steps and args.data == ["synthetic"]:
-        raise UserError("--projection-steps: trains the linear layer on --data")
+    if args.data == ["synthetic"] and (args.projection_steps or args.projection == "fitted"):
+        raise UserError("--data synthetic: the linear layer is fitted to images, or trained on them; name some")
 
     device = join_processes()
     args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")

@@ -11,9 +11,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train
-from evaluate_mmvp import read_mmvp
 from extras import feedback
 from harness.errors import UserError
+from harness.mmvp import read_mmvp
 from harness.options import parse_args
 from harness.recipes import MINIATURE
 
@@ -113,8 +113,9 @@ def test_the_command_prints_and_writes_its_figures(tmp_path, capsys):
     [
         ("--draws 0", "--draws and --pairs must be at least 1"),
         ("--json nowhere/f.json", "there is no such folder"),
-        ("--recipe openai-vit-l-14-224 --mmvp=", "--mmvp is needed"),
-        ("--data synthetic --projection-steps 5", "trains the linear layer on --data"),
+        ("--recipe openai-vit-l-14-224 --data synthetic --mmvp=", "--mmvp is needed"),
+        ("--data synthetic", "the linear layer is fitted to images"),
+        ("--recipe openai-vit-l-14-224 --mmvp x", "--data is needed"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(options, sentence):
