@@ -87,7 +87,8 @@ class VisualCondition(nn.Module):
         """Images for CLIP (B, 3, s, s), text (1, L, W), patches (B, N, K) or None → condition c (B, N, 1 + K, W), and
         the class token (B, D) behind it.
 
-        N is 1 where the states share c. A class token alone that joins by position stands at all L: (B, 1, L, W).
+        N is 1 where the states share c. A class token alone that joins by position is added at all L positions but the
+        first: (B, 1, L, W).
         """
         kind = "cuda" if images.is_cuda else "cpu"
         with torch.autocast(kind, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
@@ -106,11 +107,11 @@ class VisualCondition(nn.Module):
 
 @torch.no_grad()
 def fit_projection(projection: nn.Linear, phrases: torch.Tensor, states: torch.Tensor, tokens: torch.Tensor) -> None:
-    """Starts the linear layer where the U-Net expects a sentence, in place of at random; not the paper's.
+    """Starts the linear layer where the U-Net expects a sentence, instead of at random; not the paper's.
 
-    From CLIP's text embeddings of some phrases to φ's states of the same phrases goes a ridge regression. An image's
-    class token is no text: it is first brought to the phrases' mean and covariance, by the linear map that moves it
-    least (optimal transport between two normal distributions).
+    A ridge regression maps CLIP's text embeddings of some phrases to φ's states of the same phrases. An image's class
+    token is no text: it is first brought to the phrases' mean and covariance, by the linear map that moves it least
+    (optimal transport between two normal distributions).
 
     Args:
         projection: D → W, changed in place.

@@ -41,7 +41,7 @@ class Clip:
     source: str
     config: dict
     no_tokenizer: str = ""  # why its tokenizer could not be loaded, once that is known: asking a hub in vain takes long
-    untouched: torch.nn.Module | None = None  # its vision tower before training, where `change` is asked for
+    untouched: torch.nn.Module | None = None  # its vision tower before training, where `drift` is asked for
 
     @property
     def image_size(self) -> int:
@@ -56,7 +56,7 @@ class Clip:
         channels = zip(images.unbind(1), cfg["mean"], cfg["std"])  # as numbers: a tensor of them would sync the GPU
         return torch.stack([(channel - mean) / std for channel, mean, std in channels], 1)
 
-    def change(self, cls: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    def drift(self, cls: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
         """How far class tokens (B, D) of prepared images have moved from the untouched CLIP's: the mean square."""
         kind = "cuda" if cls.is_cuda else "cpu"
         with torch.no_grad(), torch.autocast(kind, torch.bfloat16, enabled=cls.dtype == torch.bfloat16):

@@ -168,12 +168,12 @@ def test_the_pull_is_the_distance_to_the_untouched_clip(tmp_path):
     clip.untouched = other.model.visual
     images = torch.randn(4, 3, 64, 64)
     cls, _ = condition.visual_tokens(clip.model.visual, images)
-    assert clip.change(cls, images) < 1e-10  # with and without gradients, attention may round differently
+    assert clip.drift(cls, images) < 1e-10  # with and without gradients, attention may round differently
     with torch.no_grad():
         clip.model.visual.proj += 0.01 * torch.randn(clip.model.visual.proj.shape)
     cls, _ = condition.visual_tokens(clip.model.visual, images)
     expected = np.square((clip.model.encode_image(images) - other.model.encode_image(images)).detach().numpy()).mean()
-    assert clip.change(cls, images).item() == pytest.approx(expected, rel=1e-5)
+    assert clip.drift(cls, images).item() == pytest.approx(expected, rel=1e-5)
     moved = []
     for pull in (0, 1):
         tower = model.load_clip(f"{run(tmp_path / f'{pull}', f'--pull {pull}')}/clip").model.visual

@@ -31,7 +31,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from condition import VisualCondition, count_patches, draw_patches, fit_projection, visual_tokens
 from data import TrainingImages, batch_keys, collate, open_images, read_batches, to_device
-from evaluate_mmvp import change, read_mmvp, report, save_scores, similarities, verdict
+from evaluate_mmvp import change, report, save_scores, similarities, verdict
+from harness.mmvp import read_mmvp
 from harness.processes import join_processes, main_first
 from harness.recipes import RECIPES, Recap, check_join, parse_recap, parse_timesteps, recipe_of
 from harness.run import Run, plan, ways_on
@@ -68,7 +69,7 @@ def denoising_loss(
         noisy_latents.flatten(0, 1).to(dtype), timesteps.flatten(), condition.flatten(0, 1).to(dtype)
     ).sample.float()  # ε_φ(z_t, t, c), (B · N, 4, h, w)
     target = noise
-    if diffusion.prediction_type == "v_prediction":  # the same error in other coordinates
+    if diffusion.prediction_type == "v_prediction":  # its error is that of ε times 1 / ᾱ_t
         target = alphas_cumprod.sqrt() * noise - (1 - alphas_cumprod).sqrt() * latents
     return F.mse_loss(noise_pred, target.flatten(0, 1))  # Alg. 1, line 5: L
 
@@ -97,7 +98,7 @@ def algorithm_1(args, clip, diffusion: Diffusion, conditioner, optimizer, batche
             loss = denoising_loss(  # Alg. 1, lines 4 and 5: ℓ, L
                 diffusion, latents, condition, batch["timesteps"], batch["noise"]
             )
-            pull = args.pull * clip.change(cls, prepared) if args.pull else 0  # not the paper's: --pull
+            pull = args.pull * clip.drift(cls, prepared) if args.pull else 0  # not the paper's: --pull
             ((loss + pull) / accumulation).backward()  # through the frozen φ into θ
             run.note(loss, batch)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
@@ -112,13 +113,15 @@ def set_stage(args, step: int, conditioner, optimizer) -> float:
 
     The first --projection-steps train the linear layer alone; then θ learns, and the layer with it unless it is frozen.
     """
-    alone, done = step < args.projection_steps, args.projection_steps
+    first = args.projection_steps
+    alone = step < first
+    tower, layer = not alone, alone or not args.freeze_projection  # whether they are trained
     for name, parameter in conditioner.named_parameters():
-        parameter.requires_grad_(alone or not args.freeze_projection if "projection." in name else not alone)
+        parameter.requires_grad_(layer if "projection." in name else tower)
     if alone:
-        lr = learning_rate(step, done, args.projection_lr, args.warmup)
+        lr = learning_rate(step, first, args.projection_lr, args.warmup)
     else:
-        lr = learning_rate(step - done, args.steps - done, args.lr, args.warmup)
+        lr = learning_rate(step - first, args.steps - first, args.lr, args.warmup)
     optimizer.param_groups[0]["lr"] = lr
     return lr
 

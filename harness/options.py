@@ -22,7 +22,7 @@ examples:
 The same command again goes on where a run has stopped. Recipes, and the CLIP of each:
 
 """
-# what may change when a run goes on, and does not name its folder
+# what may change when a run goes on, and is not part of the folder's name
 FREE = {"micro_batch", "compile", "grad_checkpointing", "save_every", "mmvp", "out", "workers"}
 LIMITS = {  # the least and the most that an option can be
     "states": (1, 1000), "image_size": (1, 4096), "steps": (1, 10**9), "batch_size": (1, 10**6),
@@ -83,7 +83,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--timesteps", "t is drawn from LOW to HIGH - 1", metavar="LOW:HIGH")
     add("--projection", "where the linear layer starts: at random, or fitted", choices=("random", "fitted"))
     add("--projection-steps", "the first steps train the linear layer alone, CLIP frozen", type=int, metavar="N")
-    add("--freeze-projection", "after them, the tower alone", action=argparse.BooleanOptionalAction)
+    add("--freeze-projection", "after --projection-steps, train the tower alone", action=argparse.BooleanOptionalAction)
     add("--pull", "weight of the class token's mean square distance to the untouched CLIP's", type=float, metavar="X")
     add = group("training")
     add("--steps", "optimizer steps", type=int, metavar="N")

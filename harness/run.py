@@ -134,7 +134,7 @@ class Run:
     def save(self, step: int) -> None:
         """Saves CLIP and checkpoint every --save-every steps and at the end; stops the run if a signal asked for it.
 
-        Stopped, the same in every process, with all `step` steps saved: one of them was sent one of SIGNALS.
+        Raises Stopped in every process, once all is saved, if one of them was sent one of SIGNALS.
         """
         number = torch.tensor(self.signal)
         dist.all_reduce(number, dist.ReduceOp.MAX)  # on the CPU, so that no GPU is waited for

@@ -28,18 +28,19 @@ from tqdm import tqdm
 
 import make
 import train
-from evaluate_mmvp import pairs_right, read_mmvp, similarities, type_names, type_scores
+from evaluate_mmvp import pairs_right, similarities, type_names, type_scores
 from harness.errors import UserError, fail, one_sentence
+from harness.mmvp import read_mmvp
 from harness.options import parse_args
 from harness.recipes import MINIATURE
 from model import load_clip
 
-SHORT = "--steps 100 --states 2 "  # a quarter of the recipe's work: the rows after it change one thing each
+SHORT = "--steps 100 --states 2 "  # a quarter of the recipe's work: most rows start from it
 PAPER = "--projection random --no-freeze-projection --recap random:30% --join mean --timesteps 0:1000 "
 PAPER += "--optimizer sgd --pull 0 "
 ROWS = {  # what each changes in the recipe
     "as the recipe": "",
-    "another image": "",  # the control: each image is judged by the condition of the batch's next one
+    "another image": "",  # the control: each image is judged by the condition of the image before it in the batch
     "100 steps, N = 2": SHORT,
     "400 steps, N = 2": SHORT + "--steps 400",
     "no pull": SHORT + "--pull 0",
@@ -50,7 +51,7 @@ ROWS = {  # what each changes in the recipe
     "random start": SHORT + "--projection random",
     "random start, 200 steps of the layer alone": SHORT + "--projection random --projection-steps 200 --steps 300",
     "the paper's way, lr 1e-4": SHORT + PAPER + "--lr 1e-4",
-    "the paper's way, lr 0.01": SHORT + PAPER + "--lr 0.01",
+    "the paper's way, lr 0.0046": SHORT + PAPER + "--lr 0.0046",  # the same sum of rates as its 4,600 steps of 1e-4
     "right captions": None,  # no feedback: make.learn_captions
 }
 
