@@ -366,7 +366,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(report.__file__, run_name="__main__")
     assert stop.value.code == 2
-    assert capsys.readouterr().err == "report.py: unrecognized arguments: --pictures\n"
+    assert capsys.readouterr().err == "report.py: unrecognized arguments: --pictures; --help lists the options\n"
 
 
 ODD = np.array([b'"', b",", b"\n", b"\0", b"-", b"9" * 20, b"9" * 5000, b"{", b"[", "é".encode()], dtype=object)
