@@ -53,8 +53,8 @@ class Recipe:
 RECIPES = {
     "miniature": Recipe(  # not the paper's settings: what miniature/README.md found to work in minutes
         f"{MINIATURE}/clip", "none", "positions", 64, data=[f"{MINIATURE}/images.tar"], mmvp=f"{MINIATURE}/mmvp",
-        diffusion=f"{MINIATURE}/diffusion", states=4, timesteps="500:1000", steps=200, batch_size=64, micro_batch=64,
-        optimizer="adamw", lr=2e-4, warmup=0.03, projection="fitted", freeze_projection=True, pull=0.05, seed=1,
+        diffusion=f"{MINIATURE}/diffusion", timesteps="500:1000", steps=300, batch_size=64, micro_batch=64,
+        optimizer="adamw", lr=6e-4, warmup=0.03, projection="fitted", freeze_projection=True, pull=0.05, seed=1,
     ),
     "openai-vit-l-14-224": Recipe("ViT-L-14-quickgelu:openai", "random:76", "positions", 256, (19.3, 25.9)),
     "openai-vit-l-14-336": Recipe("ViT-L-14-336-quickgelu:openai", "random:76", "positions", 576, (20.0, 25.2)),

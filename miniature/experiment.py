@@ -35,14 +35,16 @@ from harness.options import parse_args
 from harness.recipes import MINIATURE
 from model import load_clip
 
-SHORT = "--steps 100 --states 2 "  # a quarter of the recipe's work: most rows start from it
+SHORT = "--steps 100 --lr 2e-4 "  # a third of the recipe's work: most rows start from it
 PAPER = "--projection random --no-freeze-projection --recap random:30% --join mean --timesteps 0:1000 "
 PAPER += "--optimizer sgd --pull 0 "
 ROWS = {  # what each changes in the recipe
     "as the recipe": "",
     "another image": "",  # the control: each image is judged by the condition of the image before it in the batch
-    "100 steps, N = 2": SHORT,
-    "400 steps, N = 2": SHORT + "--steps 400",
+    "1,200 steps": "--steps 1200",
+    "200 steps, N = 4, lr 2e-4": "--steps 200 --states 4 --lr 2e-4",
+    "400 steps, lr 2e-4": "--steps 400 --lr 2e-4",
+    "100 steps, lr 2e-4": SHORT,
     "no pull": SHORT + "--pull 0",
     "t uniform": SHORT + "--timesteps 0:1000",
     "30% of the patches": SHORT + "--recap random:30% --join mean",
