@@ -57,12 +57,12 @@ def test_a_pair_differs_in_one_detail():
 
 @pytest.fixture(scope="module")
 def teacher() -> tuple:
-    """The miniature's diffusion model, a reader of its captions, 120 unseen scenes, their pixels and latents."""
+    """The miniature's diffusion model, a reader of its captions, 80 unseen scenes, their pixels and latents."""
     folder = f"{MINIATURE}/diffusion"
     diffusion = model.load_diffusion(folder, "", torch.float32, CPU)
     tokenizer = AutoTokenizer.from_pretrained(folder, subfolder="tokenizer")
     encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=torch.float32)
-    scenes, rng = make.random_scenes(120, 41), np.random.default_rng(41)
+    scenes, rng = make.random_scenes(80, 41), np.random.default_rng(41)
     pixels = np.stack([np.asarray(make.draw(scene, rng)) for scene in scenes])
     pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
 
