@@ -171,11 +171,15 @@ def locate_clip(name: str, random_weights: bool = False) -> tuple[str, str | Non
 
 
 def split_weights(name: str) -> tuple[str, str | None]:
-    """CLIP@WEIGHTS → CLIP, WEIGHTS; any other name, also of a folder with an @ in it → itself, None."""
+    """CLIP@WEIGHTS → CLIP, WEIGHTS; any other name → itself, None. Folders may have an @ in their names, too."""
     if "@" not in name or os.path.isdir(name):
         return name, None
-    clip, _, weights = name.partition("@")
-    return clip, weights
+    pieces = name.split("@")
+    cuts = [("@".join(pieces[:i]), "@".join(pieces[i:])) for i in range(1, len(pieces))]
+    for clip, weights in cuts:
+        if weights.startswith("hf-hub:") or os.path.exists(weights):
+            return clip, weights
+    return next((cut for cut in cuts if os.path.isdir(cut[0])), cuts[0])  # weights that locate_clip refuses
 
 
 def check_diffusion(name: str) -> None:

@@ -332,13 +332,20 @@ def test_an_architecture_alone_takes_a_whole_clip(tmp_path, monkeypatch):
 
 
 def test_names_with_an_at_sign(tmp_path, monkeypatch):
-    shutil.copytree(MINIATURE / "clip", tmp_path / "me@home")
+    home = tmp_path / "user@corp.example.com"
+    for folder in (tmp_path / "me@home", home / "clip"):
+        shutil.copytree(MINIATURE / "clip", folder)
     monkeypatch.chdir(tmp_path)
     assert split_weights("me@home") == ("me@home", None) and locate_clip("me@home") == ("local-dir:me@home", None)
     Path("L@224.pth").touch()
     assert split_weights("ViT-L-14:openai@L@224.pth") == ("ViT-L-14:openai", "L@224.pth")
     assert locate_clip("ViT-L-14:openai@L@224.pth") == ("ViT-L-14", "openai")
     assert locate_clip("ViT-L-14@L@224.pth") == ("ViT-L-14", None)
+    (home / "w@1.pth").touch()
+    for weights in (f"{home}/w@1.pth", "L@224.pth", "hf-hub:a/b/c.pth"):
+        assert split_weights(f"{home}/clip@{weights}") == (f"{home}/clip", weights)
+    with pytest.raises(UserError, match="^typo.pth: no such weights"):
+        locate_clip(f"{home}/clip@typo.pth")
     assert recipe_of("openai-vit-l-14-224") and not recipe_of("openai-vit-l-14-224@L@224.pth")  # other scores
 
 
