@@ -1,29 +1,29 @@
-"""CLIP θ, which is trained, and the diffusion model φ, which judges it: how they are loaded, used and saved."""
+"""CLIP θ, which is trained, and the diffusion model φ, which judges it: how they are loaded, used and saved.
+
+What their files hold is read by harness/weights.py (CLIP's) and harness/pretrained.py (φ's), to the last weight.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import logging
-import os
-import warnings
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
-import diffusers
 import numpy as np
 import open_clip
 import torch
-import transformers
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from open_clip.pretrained import get_pretrained_cfg
 from open_clip.push_to_hf_hub import save_config_for_hf
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from safetensors.torch import save_file
+from torch.nn import functional as F
 from transformers import AutoTokenizer, CLIPTextModel
 
 from condition import count_patches
-from harness.errors import UserError, brief
-from harness.recipes import SD21, SD21_MIRROR, check_diffusion, locate_clip, split_weights
+from harness.errors import UserError
+from harness.pretrained import check_kind, clip_options, load_part, load_tokenizer, loading, quiet, random_diffusion
+from harness.recipes import SD21, SD21_MIRROR, check_diffusion
 from harness.weights import replace_weights
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -34,12 +34,14 @@ from harness.weights import replace_weights
 class Clip:
     """A CLIP of open_clip with what belongs to it.
 
-    `source` is what open_clip calls it (an architecture, `hf-hub:…` or `local-dir:…`), `config` its `model_cfg`.
+    `source` is what open_clip calls it (an architecture, `hf-hub:…` or `local-dir:…`), `config` its `model_cfg`,
+    `patches` the number P of local tokens that its vision tower gives.
     """
 
     model: torch.nn.Module
     source: str
     config: dict
+    patches: int
     no_tokenizer: str = ""  # why its tokenizer could not be loaded, once that is known: asking a hub in vain takes long
     untouched: torch.nn.Module | None = None  # its vision tower before training, where `drift` is asked for
 
@@ -48,41 +50,35 @@ class Clip:
         """The side of its images in pixels (224 for ViT-L-14)."""
         return self.model.visual.preprocess_cfg["size"][0]
 
+    @functools.cached_property
+    def normalisation(self) -> torch.Tensor:
+        """Its mean and its standard deviation, (2, 3, 1, 1); made once, since a copy to a GPU waits for it."""
+        cfg = self.model.visual.preprocess_cfg
+        return torch.tensor([cfg["mean"], cfg["std"]], device=self.model.logit_scale.device)[..., None, None]
+
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
         """Pixels in [0, 1] (B, 3, S, S) → CLIP's input (B, 3, s, s): bicubic, antialiased, its own normalisation."""
-        size, cfg = self.image_size, self.model.visual.preprocess_cfg
+        size = self.image_size
         if images.shape[-1] != size:
-            images = torch.nn.functional.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
-        channels = zip(images.unbind(1), cfg["mean"], cfg["std"])  # as numbers: a tensor of them would sync the GPU
-        return torch.stack([(channel - mean) / std for channel, mean, std in channels], 1)
-
-    def drift(self, cls: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-        """How far class tokens (B, D) of prepared images have moved from the untouched CLIP's: the mean square."""
-        kind = "cuda" if cls.is_cuda else "cpu"
-        with torch.no_grad(), torch.autocast(kind, torch.bfloat16, enabled=cls.dtype == torch.bfloat16):
-            before = self.untouched(images)
-        return (cls.float() - before.float()).square().mean()
+            images = F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
+        mean, std = self.normalisation
+        return (images - mean) / std
 
     def preprocess(self):
         """CLIP's own evaluation transform, a PIL image → (3, s, s)."""
         return image_transform_v2(PreprocessCfg(**self.model.visual.preprocess_cfg), is_train=False)
 
     def tokenizer(self):
-        """Its tokenizer; SigLIP's comes from the hub, so it is asked for only where there is text to read.
+        """Its tokenizer. SigLIP's comes from a hub, so call this only where there is text to read.
 
         Raises:
-            UserError: it cannot be loaded.
+            UserError: it cannot be loaded; `no_tokenizer` then says why.
         """
-        folder = self.source.removeprefix("local-dir:")
-        own = self.config["text_cfg"].get("hf_tokenizer_name")  # not one that is built into open_clip
-        if own and folder != self.source and not os.path.isfile(os.path.join(folder, "tokenizer_config.json")):
-            self.no_tokenizer = f"{folder}: this CLIP was saved without its tokenizer"
         if not self.no_tokenizer:
             try:
-                with quiet():
-                    return open_clip.get_tokenizer(self.source, **dict(trust_remote_code=False) if own else {})
-            except Exception as error:  # whatever the hub or transformers raises
-                self.no_tokenizer = f"the tokenizer of {self.source} could not be loaded: {brief(error)}"
+                return load_tokenizer(self.source, self.config)
+            except UserError as reason:
+                self.no_tokenizer = str(reason)
         raise UserError(self.no_tokenizer)
 
     def save(self, folder: Path) -> None:
@@ -93,9 +89,18 @@ class Clip:
         weights = {key: value.contiguous() for key, value in self.model.state_dict().items()}
         save_file(weights, folder / "open_clip_model.safetensors")
         save_config_for_hf(self.model, folder / "open_clip_config.json", model_config=self.config)
-        if self.config["text_cfg"].get("hf_tokenizer_name"):
+        if self.config["text_cfg"].get("hf_tokenizer_name"):  # else it is built into open_clip
             with contextlib.suppress(UserError):
                 self.tokenizer().save_pretrained(folder)
+
+    # Beyond the paper, with `untouched`:
+
+    def drift(self, cls: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+        """How far class tokens (B, D) of prepared images have moved from the untouched CLIP's: the mean square."""
+        kind = "cuda" if cls.is_cuda else "cpu"
+        with torch.no_grad(), torch.autocast(kind, torch.bfloat16, enabled=cls.dtype == torch.bfloat16):
+            before = self.untouched(images)
+        return (cls.float() - before.float()).square().mean()
 
 
 def load_clip(name: str, random_weights: bool = False, device: str = "cpu") -> Clip:
@@ -110,33 +115,18 @@ def load_clip(name: str, random_weights: bool = False, device: str = "cpu") -> C
     Raises:
         UserError: it cannot be loaded, or its vision tower has no class token and local tokens to give.
     """
-    source, tag = locate_clip(name, random_weights)
-    weights = None if random_weights else split_weights(name)[1]
-    own = not random_weights and (tag is not None or ":" in source)  # whether it has weights of its own
-    options = dict(pretrained=tag, require_pretrained=True) if own else dict(load_weights=False)
-    if tag is not None:
-        if not (published := get_pretrained_cfg(source, tag)):
-            known = ", ".join(open_clip.list_pretrained_tags_by_model(source)) or "none: no such architecture"
-            raise UserError(f"{name}: open_clip has no weights of that name (for {source}: {known})")
-        options["force_quick_gelu"] = published.get("quick_gelu", False)  # the activation that the weights know
-        if random_weights:  # no weights are loaded, so their preprocessing is given
-            options["force_preprocess_cfg"] = {k: published[k] for k in ("mean", "std", "interpolation", "resize_mode")}
-    torch.manual_seed(0)
-    try:
-        with quiet():
-            model = open_clip.create_model(source, device=device, **options)
+    source, options, files = clip_options(name, random_weights)
+    torch.manual_seed(0)  # every process draws the same random weights
+    with loading(f"CLIP {name}"):
+        model = open_clip.create_model(source, device=device, **options).eval()
         config = open_clip.get_model_config(source)
-    except Exception as error:  # open_clip, the hub and safetensors each raise their own
-        raise UserError(f"CLIP {name} could not be loaded: {brief(error)}") from error
+        clip = Clip(model, source, config, count_patches(model.visual))
+    whole = "load_weights" in options  # open_clip has loaded none: the vision tower alone is not enough
+    for file in files:
+        replace_weights(model, file, whole)
+        whole = False
     if options.get("force_quick_gelu"):
         config["quick_gelu"] = True
-    try:
-        count_patches(model.visual)
-    except UserError as other:
-        raise UserError(f"{name}: {other}") from None
-    if weights:
-        replace_weights(model, weights, whole=not own)
-    clip = Clip(model.eval(), source, config)
     if random_weights and ":" not in source and config["text_cfg"].get("hf_tokenizer_name"):
         clip.no_tokenizer = "random weights have none, and a hub is not asked"
     return clip
@@ -192,28 +182,16 @@ def load_diffusion(name: str, text: str, dtype: torch.dtype, device, random_weig
         UserError: it cannot be loaded, or is of another kind.
     """
     check_diffusion(name)
-    try:
-        with quiet():
-            if random_weights:
-                vae, unet, scheduler = build_diffusion(name, dtype, device)
-                embedding = torch.randn(1, 77, unet.config.cross_attention_dim)
-            else:  # in this order, so that what is wrong shows before the large parts are read
-                scheduler = DDPMScheduler.from_pretrained(name, subfolder="scheduler")
-                embedding = embed_texts(name, [text])
-                kind = dict(torch_dtype=dtype, use_safetensors=True)
-                vae = AutoencoderKL.from_pretrained(name, subfolder="vae", **kind)
-                unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet", **kind)
-    except Exception as error:  # diffusers, transformers and the hub each raise their own
-        mirror = f"; the same weights: --diffusion {SD21_MIRROR}" if name == SD21 else ""
-        raise UserError(f"diffusion model {name} could not be loaded: {brief(error)}{mirror}") from error
-
-    predicts, reads, gives = scheduler.config.prediction_type, unet.config.in_channels, vae.config.latent_channels
-    more = unet.config.addition_embed_type or unet.config.class_embed_type  # SDXL's and others' further conditions
-    if predicts not in ("epsilon", "v_prediction") or reads != gives or more:
-        raise UserError(
-            f"{name}: no Stable Diffusion 1.x or 2.x (it predicts {predicts}; its VAE gives {gives} channels, its "
-            f"U-Net reads {reads}{f' and a condition of kind {more}' if more else ''})"
-        )
+    with loading(f"diffusion model {name}", f"; the same weights: --diffusion {SD21_MIRROR}" if name == SD21 else ""):
+        if random_weights:
+            vae, unet, scheduler, embedding = random_diffusion(name, dtype, device)
+        else:  # in this order, so that what is wrong shows before the large parts are read
+            scheduler = DDPMScheduler.from_pretrained(name, subfolder="scheduler")
+            embedding = embed_texts(name, [text])
+            vae = load_part(AutoencoderKL, name, "vae", torch_dtype=dtype)
+            unet = load_part(UNet2DConditionModel, name, "unet", torch_dtype=dtype)
+    predicts = scheduler.config.prediction_type
+    check_kind(name, vae, unet, predicts)
     for module in (vae, unet):  # Alg. 1, line 6: φ never changes; none of its weights takes a gradient
         module.requires_grad_(False).eval().to(device)
     return Diffusion(vae, unet, scheduler.alphas_cumprod.float().to(device), predicts, embedding.float().to(device))
@@ -225,16 +203,22 @@ def embed_texts(name: str, texts: list[str], end_only: bool = False) -> torch.Te
     The text encoder leaves memory when this returns.
     """
     tokenizer = AutoTokenizer.from_pretrained(name, subfolder="tokenizer", trust_remote_code=False)
-    kind = dict(dtype=torch.float32, use_safetensors=True)
-    encoder = CLIPTextModel.from_pretrained(name, subfolder="text_encoder", **kind).eval()
-    length, found = encoder.config.max_position_embeddings, []
+    encoder = load_part(CLIPTextModel, name, "text_encoder", dtype=torch.float32).eval()
+    length = encoder.config.max_position_embeddings
     tokens = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+    embedded = []
     with torch.no_grad():
         for ids in tokens.split(64):
             states = encoder(ids).last_hidden_state  # (b, L, W)
-            end = (ids == tokenizer.eos_token_id).int().argmax(1)  # its first place
-            found.append(states[torch.arange(len(ids)), end] if end_only else states)
-    return torch.cat(found)
+            if end_only:
+                end = (ids == tokenizer.eos_token_id).int().argmax(1)  # its first place
+                states = states[torch.arange(len(ids)), end]  # (b, W)
+            embedded.append(states)
+    return torch.cat(embedded)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Beyond the paper
 
 
 def embed_phrases(clip: Clip, name: str, text: str, count: int = 2000) -> tuple[torch.Tensor, torch.Tensor]:
@@ -254,39 +238,3 @@ def embed_phrases(clip: Clip, name: str, text: str, count: int = 2000) -> tuple[
         tokens = clip.tokenizer()(phrases).to(device)
         embeddings = torch.cat([clip.model.encode_text(part) for part in tokens.split(64)])  # (count, D)
     return embeddings, (states[1:] - states[0]).to(device)
-
-
-def build_diffusion(name: str, dtype: torch.dtype, device) -> tuple:
-    """VAE, U-Net and scheduler with seeded random weights: a folder's architectures, else those of 2.1-base."""
-    if os.path.isdir(name):
-        vae = AutoencoderKL.load_config(name, subfolder="vae")
-        unet = UNet2DConditionModel.load_config(name, subfolder="unet")
-        scheduler = DDPMScheduler.load_config(name, subfolder="scheduler")
-    else:  # where 2.1-base differs from diffusers' defaults
-        vae = dict(
-            block_out_channels=(128, 256, 512, 512), layers_per_block=2,
-            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        )  # fmt: skip
-        unet = dict(
-            sample_size=64, cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True
-        )
-        scheduler = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    torch.manual_seed(0)  # every process draws the same φ
-    with torch.device(device):
-        vae = AutoencoderKL.from_config(vae).to(dtype)
-        unet = UNet2DConditionModel.from_config(unet).to(dtype)
-    return vae, unet, DDPMScheduler.from_config(scheduler)
-
-
-@contextlib.contextmanager
-def quiet():
-    """Keeps the libraries' chatter (progress bars, warnings, unused weights) off the terminal while they load."""
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    logging.disable(logging.ERROR)  # an error is raised as well, and said once
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)

@@ -41,6 +41,7 @@ import model
 import train
 from harness.errors import Stopped, UserError
 from harness.options import parse_args
+from harness.pretrained import quiet
 from harness.recipes import BASELINES, MINIATURE, RECIPES, TYPES, Recap, locate_clip, parse_recap
 from harness.run import SIGNALS
 
@@ -558,7 +559,7 @@ def write_clip(folder: Path, embed_dim: int, vision: dict, **more) -> Path:
     config["model_cfg"] = dict(embed_dim=embed_dim, vision_cfg=vision, text_cfg=text, **more)
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     torch.manual_seed(1)
-    with model.quiet():
+    with quiet():
         clip = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
     save_file(clip.state_dict(), folder / "open_clip_model.safetensors")
     return folder

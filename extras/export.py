@@ -36,8 +36,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from condition import visual_tokens
 from harness.errors import UserError, fail, one_sentence
 from harness.files import replaced_folder
+from harness.pretrained import quiet
 from harness.weights import to_transformers
-from model import Clip, load_clip, quiet
+from model import Clip, load_clip
 
 TOLERANCE = 5e-5  # of the largest value; at full size fp32 noise is 2e-6, and tanh in place of the exact GELU 2e-4
 TEXTS = ["", "a photo of a cat", "Two dogs, one_on the LEFT!", "it's 12:30\n\tin  São Paulo", "red blue " * 100]
@@ -69,13 +70,13 @@ def export(clip: Clip, folder: str | os.PathLike) -> dict[str, float]:
             image_processor(clip, family).save_pretrained(new)
             if tokenizer:
                 tokenizer.save_pretrained(new)
-            found = differences(clip, new, family, tokenizer)
-            for name, difference in found.items():
+            largest = differences(clip, new, family, tokenizer)
+            for name, difference in largest.items():
                 if not difference <= TOLERANCE:
                     raise UserError(f"its {name} differ from a {family}Model's by {difference:.1e}")
     except UserError as reason:
         raise UserError(f"{clip.source} cannot be exported: {reason}") from None
-    return found
+    return largest
 
 
 def transformers_config(clip: Clip, family: str, tokenizer):
@@ -114,40 +115,41 @@ def tower_config(tower: nn.Module) -> dict:
 
 def transformers_tokenizer(clip: Clip):
     """Its tokenizer as one of transformers, which cleans texts itself. UserError: it cannot be loaded."""
-    own, length = clip.tokenizer(), clip.model.context_length
-    if isinstance(own, open_clip.SimpleTokenizer):
-        vocabulary = dict(zip([*own.encoder][:-2] + ["<|startoftext|>", "<|endoftext|>"], own.encoder.values()))
-        return transformers.CLIPTokenizer(vocabulary, [*own.bpe_ranks], model_max_length=length)
+    theirs, length = clip.tokenizer(), clip.model.context_length
+    if isinstance(theirs, open_clip.SimpleTokenizer):
+        words = [*theirs.encoder][:-2] + ["<|startoftext|>", "<|endoftext|>"]
+        vocabulary = dict(zip(words, theirs.encoder.values()))
+        return transformers.CLIPTokenizer(vocabulary, [*theirs.bpe_ranks], model_max_length=length)
     clean, steps = clip.config["text_cfg"].get("tokenizer_kwargs", {}).get("clean", "whitespace"), []
     if clean == "canonicalize":
         steps += [normalizers.Replace("_", " "), normalizers.Replace(Regex(f"[{re.escape(string.punctuation)}]"), "")]
     if clean != "whitespace":
         steps += [normalizers.Lowercase()]
-    backend = own.tokenizer.backend_tokenizer
+    backend = theirs.tokenizer.backend_tokenizer
     steps += [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip(), backend.normalizer]
     backend.normalizer = normalizers.Sequence([step for step in steps if step is not None])
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend,
         model_max_length=length,
         model_input_names=["input_ids"],  # SigLIP reads its padding: no attention mask
-        **own.tokenizer.special_tokens_map,
+        **theirs.tokenizer.special_tokens_map,
     )
 
 
 def image_processor(clip: Clip, family: str):
     """Its preprocessing as an image processor of transformers. UserError: it pads."""
-    own, side = clip.model.visual.preprocess_cfg, clip.image_size
-    if own["resize_mode"] == "longest":
+    cfg, side = clip.model.visual.preprocess_cfg, clip.image_size
+    if cfg["resize_mode"] == "longest":
         raise UserError("transformers has no image processor that fits the longest side and pads")
     square = dict(height=side, width=side)
-    shortest = own["resize_mode"] == "shortest"
+    shortest = cfg["resize_mode"] == "shortest"
     return getattr(transformers, f"{family}ImageProcessor")(
         size=dict(shortest_edge=side) if shortest else square,
         do_center_crop=shortest,
         crop_size=square,
-        resample=2 if own["interpolation"] == "bilinear" else 3,
-        image_mean=list(own["mean"]),
-        image_std=list(own["std"]),
+        resample=2 if cfg["interpolation"] == "bilinear" else 3,
+        image_mean=list(cfg["mean"]),
+        image_std=list(cfg["std"]),
     )
 
 

@@ -1,14 +1,18 @@
-"""CLIP@WEIGHTS: every published form of weights is read to the last bit, and what does not fit is refused."""
+"""Every published form of weights is read to the last bit, CLIP's and φ's; what does not fit is refused."""
 
-from test_smoke import run, write_clip, write_mmvp  # first: it sets what the libraries read when they are imported
+from test_smoke import CPU, run, write_clip, write_mmvp  # first: it sets what the libraries read when they are imported
 
 # isort: split
 import json
+import logging
 import pickle
+import re
 import shutil
 import sys
+import zipfile
 from pathlib import Path
 
+import diffusers
 import open_clip
 import pytest
 import timm
@@ -17,10 +21,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import evaluate_mmvp
-import harness.weights
+import harness.tensors
 import model
 from harness.errors import UserError
-from harness.recipes import MINIATURE, locate_clip, recipe_of, split_weights
+from harness.pretrained import quiet
+from harness.recipes import MINIATURE, RECIPES, locate_clip, recipe_of, split_weights
 from harness.weights import to_transformers
 
 VIT = dict(image_size=16, patch_size=4, width=24, layers=2, head_width=12)
@@ -80,7 +85,7 @@ WHOLE = {
     "open_clip.safetensors": lambda clip: clip.state_dict(),
     "openai.pt": openai,
     "trained.ckpt": lambda clip: dict(epoch=3, state_dict=named(clip.state_dict(), "module.")),
-    "model.pth": lambda clip: dict(model=clip.state_dict(), optimizer=dict(step=torch.tensor(3))),
+    "model.pth": lambda clip: dict(model=clip.state_dict(), optimizer=dict(step=3)),
     "transformers.bin": transformers_whole,
     "transformers.safetensors": transformers_whole,
 }
@@ -118,11 +123,64 @@ def test_each_form_is_read_to_the_last_bit(clips, tmp_path, capsys, name, whole,
     assert capsys.readouterr().err == ""
 
 
+def equal(one: dict, other: dict) -> bool:
+    return all(torch.equal(value, other[key]) for key, value in one.items())
+
+
+def released(clip) -> dict:
+    """What the released code saves: the state dict of its whole model, Stable Diffusion and all."""
+    state = named(clip.state_dict(), "class_model.model.") | {"class_model.final_fc.bias": ROW, "visual_proj.bias": ROW}
+    for part, prefix in (("vae", "vae."), ("unet", "unet."), ("text_encoder", "text_encoder.text_model.")):
+        (file,) = (MINIATURE / "diffusion" / part).glob("*.safetensors")
+        state |= named(load_file(file), prefix)
+    return state
+
+
+def test_a_clip_inside_something_else_is_known_by_its_vision_tower(tmp_path, capsys):
+    after, file = shaken(model.load_clip("miniature")).model, tmp_path / "CLIP_after_GenFT.pth"
+    write(file, released(after))
+    assert equal(model.load_clip(f"miniature@{file}").model.state_dict(), after.state_dict())
+    aside = "class_model.final_fc, text_encoder, unet, vae, visual_proj"
+    assert capsys.readouterr().err == f"{file}: the CLIP is class_model.model.*; left aside: {aside}\n"
+    compiled = {re.sub(r"(blocks\.\d+\.)", r"\1_orig_mod.", name): v for name, v in after.state_dict().items()}
+    for wrapper in ("model_state_dict", "module", "ema", "state_dict_ema"):
+        write(file, {wrapper: named(compiled, "module."), "step": 3})
+        assert equal(model.load_clip(f"miniature@{file}").model.state_dict(), after.state_dict())
+    write(file, released(after) | dict(ema=after.visual.state_dict()))
+    with pytest.raises(UserError, match=r"GenFT.pth: holds 2 CLIPs \(class_model.model.\*, ema.\*\); save the one"):
+        model.load_clip(f"miniature@{file}")
+
+
+@pytest.mark.parametrize(
+    "names, message",
+    [
+        ("model-00001-of-00002.safetensors model-00002-of-00002.safetensors", ""),
+        ("pytorch_model-00001-of-00001.bin training_args.bin", ""),
+        ("model-00001-of-00002.safetensors", "a part of the weights is missing: model-00002-of-00002.safetensors"),
+        ("model.safetensors model_1.safetensors", "in model.safetensors or in model_1.safetensors.* name the file"),
+        ("model-00001-of-00001.safetensors model.safetensors", "in model-00001-of-00001.safetensors or in model.safe"),
+        ("model_ema.safetensors model.safetensors", "in model.safetensors or in model_ema.safetensors"),
+        ("pytorch_model.bin pytorch_model_1.bin", "in pytorch_model.bin or in pytorch_model_1.bin"),
+    ],
+)
+def test_only_the_parts_of_one_model_are_put_together(tmp_path, names, message):
+    after, names = shaken(model.load_clip("miniature")).model.state_dict(), names.split()
+    weights = [name for name in names if "args" not in name]
+    for name in names:
+        share = dict(list(after.items())[weights.index(name) :: len(weights)]) if name in weights else dict(code=[1])
+        write(tmp_path / name, share)
+    if message:
+        with pytest.raises(UserError, match=f"{tmp_path}: .*{message}"):
+            model.load_clip(f"miniature@{tmp_path}")
+    else:
+        assert equal(model.load_clip(f"miniature@{tmp_path}").model.state_dict(), after)
+
+
 def test_a_siglip_vision_model_is_a_tower(clips, tmp_path):
     after = shaken(model.load_clip(clips["siglip"])).model
     bare = {name.removeprefix("vision_model."): value for name, value in transformers_tower(after).items()}
     read = model.load_clip(f"{clips['siglip']}@{write(tmp_path / 'bare.bin', bare)}").model.visual.state_dict()
-    assert all(torch.equal(value, after.visual.state_dict()[key]) for key, value in read.items())
+    assert equal(read, after.visual.state_dict())
 
 
 def test_fp16_becomes_fp32(tmp_path):
@@ -205,7 +263,7 @@ MISFITS = {
     r"it has no visual.class_embedding \(and 55 more such names\)": lambda clip: dict(other=torch.ones(3)),
     "it has final_fc.weight, which this CLIP has not": lambda clip: clip.state_dict() | {"final_fc.weight": ROW},
     "it has visual.projection, which this CLIP has not": lambda clip: clip.visual.state_dict() | dict(projection=ROW),
-    r"it has vision_model.layers.9.bias, which .* \(and 1 more": lambda clip: (
+    r"it has vision_model.layers.9.bias \(and 1 more such names\), which this CLIP has not": lambda clip: (
         transformers_tower(clip) | {"vision_model.layers.9.bias": ROW, "lora": ROW}
     ),
     r"its visual.proj is \(3,\), this CLIP's \(128, 128\)": lambda clip: clip.visual.state_dict() | dict(proj=ROW),
@@ -252,11 +310,35 @@ def test_a_truncated_file_is_refused(tmp_path, suffix, share):
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".bin", ".safetensors"])
-def test_a_file_of_text_is_refused_in_words(tmp_path, suffix):
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("epoch 1, loss 0.1\n", "could not be read as weights: it is neither of safetensors nor of torch.save"),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "is a pointer of git-lfs.*git lfs pull"),
+        ("\n<!DOCTYPE html><html>", "is a web page"),
+    ],
+)
+def test_a_file_of_text_is_refused_in_words(tmp_path, suffix, content, message):
     file = tmp_path / f"log{suffix}"
-    file.write_text("epoch 1, loss 0.1\n")
-    with pytest.raises(UserError, match=f"{file}: could not be read as weights: .*[a-z]"):
+    file.write_text(content)
+    with pytest.raises(UserError, match=f"{file}: {message}"):
         model.load_clip(f"miniature@{file}")
+
+
+@pytest.mark.parametrize("name", ["openai-vit-l-14-224", "openai-vit-l-14-336", "ARCH:openai"])
+def test_openais_own_archive_is_sent_to_its_recipe(tmp_path, name):
+    tokens = RECIPES[name].patches + 1 if name in RECIPES else 50
+    with zipfile.ZipFile(tmp_path / "ViT.pt", "w") as archive:  # as torch.jit.save lays it out
+        archive.writestr("ViT/data/7", bytes(2 * tokens * 1024))  # the positional embedding, in fp16
+        archive.writestr("ViT/constants.pkl", pickle.dumps(()))
+    with pytest.raises(UserError, match=f"ViT.pt: is a TorchScript program, and is not executed; .*{name}"):
+        model.load_clip(f"miniature@{tmp_path}/ViT.pt")
+
+
+def test_safetensors_are_read_whatever_their_name(tmp_path):
+    after = shaken(model.load_clip("miniature")).model.state_dict()
+    file = write(tmp_path / "x.safetensors", after).rename(tmp_path / "x.ckpt")
+    assert equal(model.load_clip(f"miniature@{file}").model.state_dict(), after)
 
 
 @pytest.mark.parametrize("legacy", [True, False])
@@ -302,11 +384,11 @@ def test_weights_come_from_the_hub(tmp_path, monkeypatch):
     write(folder / "tower.pth", after)
     write(folder / "model.safetensors", after)
     asked = []
-    monkeypatch.setattr(harness.weights, "hf_hub_download", lambda *a: asked.append(a) or tmp_path / a[1])
-    monkeypatch.setattr(harness.weights, "snapshot_download", lambda *a, **k: asked.append((*a, k)) or tmp_path)
+    monkeypatch.setattr(harness.tensors, "hf_hub_download", lambda *a: asked.append(a) or tmp_path / a[1])
+    monkeypatch.setattr(harness.tensors, "snapshot_download", lambda *a, **k: asked.append((*a, k)) or tmp_path)
     for path in ("Some/model2.5b/tower.pth", "Some/model2.5b"):
         read = model.load_clip(f"miniature@hf-hub:OWNER/NAME/{path}").model.visual.state_dict()
-        assert all(torch.equal(value, after[key]) for key, value in read.items())
+        assert equal(read, after)
     assert asked == [
         ("OWNER/NAME", "Some/model2.5b/tower.pth"),
         ("OWNER/NAME", dict(allow_patterns="Some/model2.5b/*model*")),
@@ -319,7 +401,7 @@ def test_an_architecture_alone_takes_a_whole_clip(tmp_path, monkeypatch):
     open_clip.add_model_config(tmp_path / "tiny-arch.json")
     after = shaken(model.load_clip("miniature")).model
     read = model.load_clip(f"tiny-arch@{write(tmp_path / 'whole.pth', after.state_dict())}")
-    assert all(torch.equal(value, after.state_dict()[key]) for key, value in read.model.state_dict().items())
+    assert equal(read.model.state_dict(), after.state_dict())
     assert type(read.model.visual.transformer.resblocks[0].mlp.gelu).__name__ == "QuickGELU"
     with pytest.raises(UserError, match="tower.pth: holds the vision tower alone; for a text tower, name ARCH:TAG"):
         model.load_clip(f"tiny-arch@{write(tmp_path / 'tower.pth', after.visual.state_dict())}")
@@ -353,7 +435,7 @@ def test_weights_stand_wherever_a_clip_is_named(tmp_path, monkeypatch):
     after = shaken(model.load_clip("miniature")).model.state_dict()
     file = write(tmp_path / "after.pth", after)
     out = run(tmp_path / "run", f"--clip miniature@{file} --lr 0")
-    assert all(torch.equal(value, after[key]) for key, value in load_file(out / "clip" / SAVED).items())
+    assert equal(load_file(out / "clip" / SAVED), after)
     command = f"evaluate_mmvp.py miniature@{file} {out}/clip --mmvp {write_mmvp(tmp_path / 'mmvp')} --out {tmp_path}"
     monkeypatch.setattr(sys, "argv", command.split())
     evaluate_mmvp.main()
@@ -362,3 +444,90 @@ def test_weights_stand_wherever_a_clip_is_named(tmp_path, monkeypatch):
 
 
 SAVED = "open_clip_model.safetensors"
+
+
+def test_a_folder_gives_every_weight_of_its_clip(clips, tmp_path):
+    """Also the bias of a SigLIP, in whose place open_clip puts a zero."""
+    folder = shutil.copytree(clips["siglip"], tmp_path / "clip")
+    write(folder / SAVED, without(load_file(folder / SAVED), "logit_bias"))
+    with pytest.raises(UserError, match=f"{folder}: does not fit: it has no logit_bias$"):
+        model.load_clip(f"{folder}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The diffusion model's files
+
+PARTS = dict(unet="diffusion_pytorch_model", vae="diffusion_pytorch_model", text_encoder="model")  # as safetensors
+PICKLED = PARTS | dict(text_encoder="pytorch_model")
+
+
+def load_phi(folder: Path) -> model.Diffusion:
+    return model.load_diffusion(f"{folder}", "red house", torch.float32, CPU)
+
+
+def copied(folder: Path, part: str) -> tuple[Path, Path, dict]:
+    """A copy of the miniature's diffusion model, a part's file and what it holds."""
+    shutil.copytree(MINIATURE / "diffusion", folder)
+    file = folder / part / f"{PARTS[part]}.safetensors"
+    return folder, file, load_file(file)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_every_weight_of_the_diffusion_model_comes_from_its_files(tmp_path, part):
+    folder, file, state = copied(tmp_path / "phi", part)
+    last = list(state)[-1]
+    for wrong, message in (
+        (without(state, last), f"has no {last}$"),
+        (state | dict(extra=ROW, more=ROW + 1), "has extra .and 1 more such names., for which there is no place"),
+        (state | {last: ROW}, f"has another shape of {last} than its config.json says"),
+    ):
+        write(file, wrong)
+        with pytest.raises(UserError, match=f"diffusion model {folder} could not be loaded: its {part} {message}"):
+            load_phi(folder)
+    file.write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(UserError, match=f"{file}: is a pointer of git-lfs"):
+        load_phi(folder)
+    write(file, state).rename(file.with_stem("odd"))
+    with pytest.raises(UserError, match=f"its {part}: .*no file named {file.name}.* Give that name .* odd.safetensors"):
+        load_phi(folder)
+
+
+def test_old_names_of_the_diffusion_models_weights_are_known(tmp_path):
+    """Those of Stable Diffusion 1.x: attention in the VAE, numbers of positions in the text encoder."""
+    folder, file, state = copied(tmp_path / "phi", "vae")
+    renamed = {}
+    for name, value in state.items():
+        for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+            name = name.replace(f".{new}.", f".{old}.")
+        renamed[name] = value
+    assert renamed.keys() != state.keys()
+    write(file, renamed)
+    file = folder / "text_encoder" / "model.safetensors"
+    write(file, load_file(file) | {"text_model.embeddings.position_ids": torch.arange(24)[None]})
+    old, new = load_phi(folder), load_phi(MINIATURE / "diffusion")
+    assert equal(old.vae.state_dict(), new.vae.state_dict()) and torch.equal(old.text, new.text)
+
+
+@pytest.mark.parametrize("suffix", [".fp16.safetensors", ".bin", ".fp16.bin"])
+def test_a_diffusion_models_files_are_read_by_their_other_names(tmp_path, suffix):
+    folder = shutil.copytree(MINIATURE / "diffusion", tmp_path / "phi")
+    for part, stem in PARTS.items():
+        file, name = folder / part / f"{stem}.safetensors", PICKLED[part] if "bin" in suffix else stem
+        write(file.with_name(name + suffix), load_file(file))
+        file.unlink()
+    read, whole = load_phi(folder), load_phi(MINIATURE / "diffusion")
+    assert all(equal(getattr(read, part).state_dict(), getattr(whole, part).state_dict()) for part in ("unet", "vae"))
+    assert torch.equal(read.text, whole.text)
+
+
+def test_quiet_inside_quiet_stays_quiet_and_ends():
+    libraries = [diffusers.utils.logging, transformers.utils.logging]
+    for library in libraries:
+        library.enable_progress_bar()
+    with quiet():
+        with quiet():
+            pass
+        assert not logging.getLogger().isEnabledFor(logging.ERROR)
+        assert not any(library.is_progress_bar_enabled() for library in libraries)
+    assert logging.getLogger().isEnabledFor(logging.ERROR)
+    assert all(library.is_progress_bar_enabled() for library in libraries)
