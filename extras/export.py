@@ -60,6 +60,9 @@ def export(clip: Clip, folder: str | os.PathLike) -> dict[str, float]:
     """
     try:
         weights = to_transformers(clip.model.state_dict())
+        for name, value in weights.items():
+            if not value.isfinite().all():
+                raise UserError(f"its {name} is not finite")
         family = "Siglip" if "vision_model.head.probe" in weights else "CLIP"
         tokenizer = None
         with contextlib.suppress(UserError):

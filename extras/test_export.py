@@ -3,6 +3,7 @@
 from test_smoke import write_clip  # first: it sets what the libraries read when they are imported
 
 # isort: split
+import math
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,16 @@ def test_the_miniature_is_exported(tmp_path):
     (tmp_path / "exported.old").mkdir()  # a person's, who has made room
     assert max(export.export(clip, tmp_path / "exported").values()) < 5e-6
     assert (tmp_path / "exported.old").exists()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_refused(tmp_path, value):
+    clip = model.load_clip("miniature")
+    with torch.no_grad():
+        clip.model.token_embedding.weight[5, 0] = value  # of a word that no text of the comparison has
+    with pytest.raises(UserError, match="its text_model.embeddings.token_embedding.weight is not finite"):
+        export.export(clip, tmp_path / "exported")
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
