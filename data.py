@@ -1,182 +1,110 @@
 """Images, any of them at any time: Algorithm 1, line 1.
 
-A source is a folder of images, webdataset shards as img2dataset writes them (plain tar files), or `synthetic`.
-Shards are read in place: an index of every image's offset and size makes a tar as random-access as a folder, so the
-order is a full shuffle, a run continues at an exact position, and nothing is unpacked.
+A source is a folder of images, webdataset shards as img2dataset writes them (plain tar files), or `synthetic`; see
+harness/sources.py. Any image of it can be read alone, so the order is a full shuffle, and a run goes on at an exact
+place.
 
-Every random number of training belongs to one image: its generator is seeded with the run's seed, the step and the
-image's position in the global batch, and with nothing else. The number of processes, the micro-batch, the workers and
-the device therefore change no draw.
+What is random about an image, its crop, is drawn by a generator of its own, seeded with the run's seed, the step and
+the image's position in the global batch, and with nothing else. The number of processes, the micro-batch, the threads
+that read and the device therefore change no image.
 """
 
-import contextlib
-import glob
+import collections
+import functools
 import io
 import os
-import signal
-import tarfile
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
-from torch.utils.data import DataLoader, Dataset, default_collate
-from tqdm import tqdm
+from PIL import Image, UnidentifiedImageError
 
 from harness.errors import UserError, brief
+from harness.sources import ImageFiles, Shards, named_paths
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 SYNTHETIC = 1_000_000  # images in the set `synthetic`
-TRIES = 30  # at one readable image
+MAX_REPLACEMENTS = 30  # tried for one image before the run stops
+ORIENTATION = 0x0112  # in EXIF: how the camera was held, 1 to 8; from 5 on width and height change places
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
-def is_image(name: str) -> bool:
-    """By its suffix; hidden files (such as macOS's `._a.jpg`) do not count."""
-    return name.lower().endswith(IMAGE_SUFFIXES) and not os.path.basename(name).startswith(".")
+class TrainingImages:
+    """Images by their place in training: `images[step, position]`, the position being that in the global batch.
 
-
-def stays_inside(name: str) -> bool:
-    """A member of a shard that would not leave the folder if it were unpacked, which nothing here does."""
-    return not name.startswith("/") and ".." not in name.split("/")
-
-
-def image_paths(folder: str) -> Iterator[str]:
-    """The images below a folder. Regular files only: to read from a pipe would wait for ever."""
-    for entry in os.scandir(folder):
-        if entry.is_dir(follow_symlinks=False):
-            yield from image_paths(entry.path)
-        elif is_image(entry.name) and entry.is_file():
-            yield entry.path
-
-
-class ImageFiles:
-    """The images below a folder, sorted by path. `len(files)`, `files.read(i)` → bytes, `files.name(i)` → str."""
-
-    def __init__(self, folder: str):
-        self.folder = folder
-        paths = sorted(os.path.relpath(path, folder) for path in image_paths(folder))
-        if not paths:
-            raise UserError(f"{folder}: no images in this folder; shards are named by a glob: '{folder}/*.tar'")
-        self.paths = np.array([os.fsencode(path) for path in paths])  # bytes: a quarter of the memory of str
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def name(self, i: int) -> str:
-        return os.path.join(self.folder, os.fsdecode(self.paths[i]))
-
-    def read(self, i: int) -> bytes:
-        return Path(self.name(i)).read_bytes()
-
-
-class Shards:
-    """The images inside tar shards. `len(shards)`, `shards.read(i)` → bytes, `shards.name(i)` → str.
-
-    3 million images take 48 MB: two int64 an image, kept in numpy so that forked workers share them.
-    """
-
-    def __init__(self, paths: Sequence[str], progress: bool = True):
-        self.shards = list(paths)
-        bar = tqdm(self.shards, desc="index", unit="shard", disable=not progress, leave=False, delay=1)
-        members = [shard_index(path) for path in bar]
-        self.members = np.concatenate(members)  # (images, 2): offset and size in bytes
-        self.ends = np.cumsum([len(m) for m in members])  # where each shard's images end in `members`
-        if not len(self):
-            raise UserError(f"{self.shards[0]}: no images ({', '.join(IMAGE_SUFFIXES)}) in these shards")
-
-    def __len__(self) -> int:
-        return len(self.members)
-
-    def shard(self, i: int) -> str:
-        return self.shards[np.searchsorted(self.ends, i, side="right")]
-
-    def name(self, i: int) -> str:
-        return f"{self.shard(i)} at byte {self.members[i, 0]}"
-
-    def read(self, i: int) -> bytes:
-        offset, size = self.members[i].tolist()
-        with open(self.shard(i), "rb") as shard:
-            shard.seek(offset)
-            return shard.read(size)
-
-
-def shard_index(path: str) -> np.ndarray:
-    """Offset and size in bytes of every image in a plain tar, (images, 2) int64, in the tar's order.
-
-    Cached in the user's cache folder; the first row there holds the shard's own size and modification time, so that a
-    changed shard is indexed again.
+    Returns a dict: `images` (3, size, size) uint8; `keys`, the (step, position); `unreadable`, the names of the files
+    that had to be passed over. Each pass over the set has its own full shuffle. An image that cannot be read is
+    replaced by the next one of the shuffled order, so that a whole shard may be missing.
 
     Raises:
-        UserError: it is not a plain, whole tar.
+        UserError: none of MAX_REPLACEMENTS images after it could be read either.
     """
-    stat = os.stat(path)
-    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "diva"
-    cache = folder / (os.path.abspath(path).strip("/").replace("/", "%") + ".npy")
-    stamp = np.array([[stat.st_size, stat.st_mtime_ns]])
-    try:
-        index = np.load(cache, allow_pickle=False)
-        fresh = index.dtype == np.int64 and np.array_equal(index[:1], stamp)
-        if fresh and index.min() >= 0 and index[1:].max(initial=0) <= stat.st_size:
-            return index[1:]
-    except Exception:  # absent, or NumPy's many ways to say that it is no array: made again below
-        pass
 
-    with open(path, "rb") as shard:
-        if shard.read(2) == b"\x1f\x8b":
-            raise UserError(f"{path}: gzipped, so no image can be read alone; unpack it: gzip -dc {path} > NEW.tar")
-    try:
-        with tarfile.open(path, "r:") as tar:
-            rows = []
-            while member := tar.next():
-                if member.size < 0:
-                    raise tarfile.ReadError("a negative size")
-                if member.isreg() and is_image(member.name) and stays_inside(member.name):
-                    rows.append((member.offset_data, member.size))
-                tar.members.clear()  # it keeps a kilobyte of each
-    except Exception as error:  # tarfile raises more than its own kind on a broken header
-        raise UserError(f"{path}: not a whole tar file ({error})") from None
-    members = np.array(rows, dtype=np.int64).reshape(-1, 2)
-    part = cache.with_name(f"{cache.name}.{os.getpid()}")
-    with contextlib.suppress(OSError):  # a read-only place or a full disk: the next start is slower, no more
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(part, "wb") as file:
-                np.save(file, np.concatenate([stamp, members]))
-            os.replace(part, cache)  # whole or not at all, also when several processes write it
-        finally:
-            part.unlink(missing_ok=True)
-    return members
+    def __init__(self, files: ImageFiles | Shards | None, size: int, batch_size: int, seed: int = 0):
+        self.files, self.size, self.batch_size, self.seed = files, size, batch_size, seed
+
+    def __len__(self) -> int:
+        return SYNTHETIC if self.files is None else len(self.files)
+
+    def index(self, step: int, position: int) -> int:
+        """Which image stands there: the global batches follow one another through shuffled epochs."""
+        epoch, place = divmod(step * self.batch_size + position, len(self))
+        return int(shuffled(len(self), self.seed, epoch)[place])
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        step, position = key
+        rng = np.random.default_rng((2, self.seed, step, position))
+        if self.files is None:
+            noise = rng.integers(0, 256, (3, self.size, self.size), dtype=np.uint8)
+            return dict(images=torch.from_numpy(noise), keys=key, unreadable=[])
+        unreadable = []
+        for further in range(1 + MAX_REPLACEMENTS):
+            i = self.index(step, position + further)
+            try:
+                image = decode_crop(self.files.read(i), self.size, rng)
+                return dict(images=image, keys=key, unreadable=unreadable)
+            except Exception as error:  # Pillow raises almost any exception on a broken file
+                reason = "not an image" if isinstance(error, UnidentifiedImageError) else brief(error)
+                unreadable.append(f"{self.files.name(i)} ({reason})")
+        raise UserError(f"{len(unreadable)} images in a row could not be read: {'; '.join(unreadable[:3])}; and so on")
 
 
-def open_images(source: Sequence[str], progress: bool = True) -> ImageFiles | Shards | None:
-    """The images of `source`: one folder, or any number of shards, as paths or globs; None for `synthetic`.
+@functools.lru_cache(maxsize=2)  # where an epoch ends, two are read at once
+def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of `count` images in an epoch, (count,)."""
+    return np.random.default_rng((0, seed, epoch)).permutation(count)
 
-    Raises:
-        UserError: a path does not exist, holds no image, or is not a plain tar.
+
+def decode_crop(data: bytes, size: int, rng: np.random.Generator) -> torch.Tensor:
+    """A random resized crop of an encoded image: (3, size, size) uint8, bicubic, in one resize.
+
+    Raises whatever Pillow raises on bytes that are no image, or only a part of one.
     """
-    if list(source) == ["synthetic"]:
-        return None
-    paths = [path for pattern in source for path in (sorted(glob.glob(pattern)) or [pattern])]
-    for path in paths:
-        if not os.path.isfile(path) and not os.path.isdir(path):
-            raise UserError(f"{path}: no such file or folder (--data takes a folder, shards or a glob of shards)")
-        if os.path.isdir(path) and len(paths) > 1:
-            raise UserError(f"{path}: a folder among shards; --data takes one folder of images, or only shards")
-    return ImageFiles(paths[0]) if os.path.isdir(paths[0]) else Shards(paths, progress)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """The picture a person sees, in RGB: turned as its EXIF data says, transparency on white, 16 bits scaled to 8."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):  # 16-bit grey, which Pillow's own conversion clips at 255
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
-        raise ValueError(f"mode {image.mode} does not say what is white")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+    with Image.open(io.BytesIO(data)) as image:
+        if image.format not in ("JPEG", "MPO"):  # elsewhere EXIF data may stand behind the pixels
+            image.load()
+        width, height = image.size
+        if orientation(image) >= 5:
+            width, height = height, width
+        left, top, right, bottom = random_crop_box(width, height, rng)
+        shrink = size / min((right - left) * width, (bottom - top) * height)
+        if shrink < 1:  # JPEG can decode at a half, a quarter or an eighth: the smallest that still holds the crop
+            image.draft(None, (int(np.ceil(image.width * shrink)), int(np.ceil(image.height * shrink))))
+        image = to_rgb(image)
+    width, height = image.size
+    box = (left * width, top * height, min(right, 1) * width, min(bottom, 1) * height)
+    crop = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    return torch.from_numpy(np.ascontiguousarray(np.asarray(crop).transpose(2, 0, 1)))
 
 
 def random_crop_box(width: int, height: int, rng: np.random.Generator) -> tuple[float, float, float, float]:
@@ -194,83 +122,57 @@ def random_crop_box(width: int, height: int, rng: np.random.Generator) -> tuple[
     return (1 - w) / 2, (1 - h) / 2, (1 + w) / 2, (1 + h) / 2
 
 
-def decode_crop(data: bytes, size: int, rng: np.random.Generator) -> torch.Tensor:
-    """A random resized crop of an encoded image: (3, size, size) uint8, bicubic, in one resize.
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The picture a person sees, in RGB: turned as its EXIF data says, transparency on white, 16 bits scaled to 8."""
+    if orientation(image) > 1:
+        image = image.transpose(TURNS[orientation(image)])
+    if image.mode.startswith("I;16"):  # 16-bit grey, which Pillow's own conversion clips at 255
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"mode {image.mode} does not say what is white")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
 
-    Raises whatever Pillow raises on bytes that are no image, or only a part of one.
+
+def orientation(image: Image.Image) -> int:
+    """How the camera was held, 1 to 8; 1, upright, where EXIF does not say it, or is broken."""
+    try:
+        value = image.getexif().get(ORIENTATION)
+        return value if value in TURNS else 1
+    except Exception:  # broken metadata is no reason to lose whole pixels
+        return 1
+
+
+def open_images(source: Sequence[str], progress: bool = True) -> ImageFiles | Shards | None:
+    """The images of `source`: one folder, or any number of shards, as paths, globs or lists; None for `synthetic`.
+
+    With `progress` a bar and what was passed over are shown on stderr.
+
+    Raises:
+        UserError: a path does not exist, holds no image, or is not a plain tar.
     """
-    with Image.open(io.BytesIO(data)) as image:
-        width, height = image.size
-        if image.getexif().get(0x0112, 1) >= 5:  # the EXIF orientation swaps the sides
-            width, height = height, width
-        left, top, right, bottom = random_crop_box(width, height, rng)
-        shrink = size / min((right - left) * width, (bottom - top) * height)
-        if shrink < 1:  # JPEG can decode at a half, a quarter or an eighth: the smallest that still holds the crop
-            image.draft(None, (int(np.ceil(image.width * shrink)), int(np.ceil(image.height * shrink))))
-        image = to_rgb(image)
-    width, height = image.size
-    box = (left * width, top * height, min(right, 1) * width, min(bottom, 1) * height)
-    crop = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
-    return torch.from_numpy(np.array(crop)).permute(2, 0, 1)
+    if list(source) == ["synthetic"]:
+        return None
+    paths = [path for name in source for path in named_paths(name)]
+    missing = [path for path in paths if not os.path.isfile(path) and not os.path.isdir(path)]
+    if missing:
+        names = ", ".join(missing)
+        raise UserError(f"{names}: no such file or folder (--data takes a folder, shards or a glob of shards)")
+    folders = [path for path in paths if os.path.isdir(path)]
+    if folders and len(paths) > 1:
+        raise UserError(f"{folders[0]}: a folder among shards; --data takes one folder of images, or only shards")
+    files = ImageFiles(paths[0]) if folders else Shards(paths, progress)
+    if progress:
+        for note in files.notes:
+            print(note, file=sys.stderr, flush=True)
+    return files
 
 
-class TrainingImages(Dataset):
-    """Images by their place in training: `images[step, position]`, the position being that in the global batch.
-
-    Returns a dict: `images` (3, size, size) uint8; `unreadable`, the names of the files that had to be passed over;
-    and all that `draw(rng)` returns for this image, a dict of arrays. Each pass over the set has its own full
-    shuffle. An unreadable image is replaced by the next one, and if need be by ever further ones, so that a whole
-    shard may be missing.
-    """
-
-    def __init__(
-        self,
-        files: ImageFiles | Shards | None,
-        size: int,
-        batch_size: int,
-        seed: int = 0,
-        draw: Callable[[np.random.Generator], dict[str, np.ndarray]] = lambda rng: {},
-    ):
-        self.files, self.size, self.batch_size, self.seed, self.draw = files, size, batch_size, seed, draw
-        self.epoch, self.order = -1, np.empty(0)
-
-    def __len__(self) -> int:
-        return SYNTHETIC if self.files is None else len(self.files)
-
-    def index(self, step: int, position: int) -> int:
-        """Which image stands there: the global batches follow one another through shuffled epochs."""
-        epoch, place = divmod(step * self.batch_size + position, len(self))
-        if epoch != self.epoch:
-            self.epoch, self.order = epoch, np.random.default_rng((0, self.seed, epoch)).permutation(len(self))
-        return int(self.order[place])
-
-    def __getitem__(self, key: tuple[int, int]) -> dict:
-        step, position = key
-        rng = np.random.default_rng((1, self.seed, step, position))
-        drawn = self.draw(rng)
-        if self.files is None:
-            return dict(images=torch.from_numpy(synthetic_image(self.size, rng)), unreadable=[], **drawn)
-        first, unreadable = self.index(step, position), []
-        while len(unreadable) < TRIES:
-            i = (first + 2 ** len(unreadable) - 1) % len(self)
-            try:
-                image = decode_crop(self.files.read(i), self.size, rng)
-                return dict(images=image, unreadable=unreadable, **drawn)
-            except Exception as error:  # Pillow raises almost any exception on a broken file
-                reason = "not an image" if isinstance(error, UnidentifiedImageError) else brief(error)
-                unreadable.append(f"{self.files.name(i)} ({reason})")
-        return dict(images=torch.zeros(3, self.size, self.size, dtype=torch.uint8), unreadable=unreadable, **drawn)
-
-
-def synthetic_image(size: int, rng: np.random.Generator) -> np.ndarray:
-    """Noise in the shape of an image, (3, size, size) uint8, for benchmarks and dry runs."""
-    return rng.integers(0, 256, (3, size, size), dtype=np.uint8)
-
-
-def collate(items: list[dict]) -> dict:
-    """A batch: tensors stacked, the lists of unreadable files joined."""
-    unreadable = [name for item in items for name in item.pop("unreadable")]
-    return dict(default_collate(items), unreadable=unreadable)
+def fingerprint(files: ImageFiles | Shards | None) -> str:
+    """Tells sets of images apart, wherever they lie."""
+    return "synthetic" if files is None else files.fingerprint()
 
 
 def batch_keys(first: int, steps: int, batch_size: int, micro_batch: int, rank: int, processes: int) -> Iterator:
@@ -281,37 +183,42 @@ def batch_keys(first: int, steps: int, batch_size: int, micro_batch: int, rank: 
 
 
 def read_batches(dataset: TrainingImages, keys: Iterator, workers: int, device: torch.device) -> Iterator[dict]:
-    """The batches of `keys` on `device`, pixels in [0, 1]; `workers` processes read ahead (0: this one reads).
+    """The batches of `keys` on `device`, see `to_device`; up to `workers` of them are read ahead, each by a thread.
 
-    Raises:
-        UserError: one of these processes was killed; the run goes on from its last save.
+    Threads and not processes: Pillow works outside of Python's lock, and what stops or ends the run cannot miss them.
     """
-    loader = DataLoader(
-        dataset,
-        batch_sampler=keys,
-        collate_fn=collate,
-        num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=leave_signals_to_the_run,
+
+    def read(batch: list, into: Future) -> None:
+        try:
+            into.set_result(collate([dataset[key] for key in batch]))
+        except BaseException as error:
+            into.set_exception(error)
+
+    ahead = collections.deque()
+    for batch in keys:
+        ahead.append(Future())
+        threading.Thread(target=read, args=(batch, ahead[-1]), daemon=True).start()  # daemon: no exit waits for it
+        if len(ahead) > workers:
+            yield to_device(ahead.popleft().result(), device)
+    for future in ahead:
+        yield to_device(future.result(), device)
+
+
+def collate(items: list[dict]) -> dict:
+    """A batch: `images` (B, 3, S, S) uint8, `keys` in its order, the lists of unreadable files joined.
+
+    By NumPy: torch would start threads of its own in each thread that reads.
+    """
+    return dict(
+        images=torch.from_numpy(np.stack([item["images"] for item in items])),
+        keys=[item["keys"] for item in items],
+        unreadable=[name for item in items for name in item["unreadable"]],
     )
-    batches = iter(loader)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise a reader's death in the middle of a step
-    try:
-        for batch in batches:
-            yield to_device(batch, device)
-    except (RuntimeError, EOFError, OSError) as error:  # the latter two: it died with a batch under way
-        if isinstance(error, RuntimeError) and not str(error).startswith(("DataLoader worker", "Pin memory thread")):
-            raise
-        raise UserError(f"a process that reads images has died ({brief(error)}); the same command goes on") from None
-
-
-def leave_signals_to_the_run(worker: int) -> None:
-    """Ctrl-C, clusters and torchrun signal every process; the run needs its readers to end its step."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
 
 
 def to_device(batch: dict, device: torch.device) -> dict:
-    """A batch's tensors on `device`, its images as pixels in [0, 1]."""
-    batch = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
-    return dict(batch, images=batch["images"].float() / 255)
+    """A batch whose images are on `device`, as pixels in [0, 1]."""
+    images = batch["images"]
+    if device.type == "cuda":
+        images = images.pin_memory()  # then the copy does not wait for what the GPU is doing
+    return dict(batch, images=images.to(device, non_blocking=True).float() / 255)

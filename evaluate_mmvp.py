@@ -13,16 +13,14 @@ Two embeddings of an image, for every CLIP by the same rule:
     cls         the class token, which is what `encode_image` returns: the benchmark's own
     cls+local   the unit class token plus the mean of all unit local tokens, made unit again
 
-DIVA's released evaluation differs per family: for OpenAI the class token plus the mean of 76 patches drawn at random
-anew for each of the two texts, so that a score is a random number; for MetaCLIP `cls+local`; for DFN-378 the same, but
-the sum is not made unit again; for DFN-224 and SigLIP `cls`; DFN and SigLIP in fp16. The "before" of the paper's Table
-1 is `cls` alone, so its gain mixes the training's effect with the embedding's. Here both embeddings stand for before
-and after. The local tokens of a SigLIP are not in the joint space with the text: its `cls+local` is there for
-completeness.
+Why the sum is made unit again: its length differs from image to image. Without it, the longer of two embeddings wins
+both statements, where a pair needs one statement for each image. On the miniature 170 of 900 pairs come out otherwise
+without it, 72 for the unit sum and 98 against it. The local tokens of a SigLIP are not in the joint space with the
+text: its `cls+local` is there for completeness.
 
-Why the sum is made unit again: its length differs from image to image, and the longer of two images would gain for both
-statements, where a pair needs one statement for each image. On the miniature 170 of 900 pairs come out otherwise
-without it, 72 for the unit sum and 98 against it.
+`--released` adds DIVA's own reading, by which the paper's "after" was scored. It differs per family (`embed_released`).
+The "before" of the paper's Table 1 is `cls` alone, so its gain mixes the training's effect with the embedding's. For
+OpenAI's CLIPs the reading draws patches at random: its score is a random number, here given over 100 draws.
 """
 
 from __future__ import annotations
@@ -30,7 +28,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -46,21 +43,42 @@ from harness.errors import UserError, brief, fail, one_sentence
 from harness.files import check_writable, write_whole
 from harness.mmvp import Pair, read_mmvp
 from harness.recipes import BASELINES, RECIPES, TYPES, locate_clip, recipe_of, split_weights
+from harness.scores import average, change, change_lines, draws_in_words, scores, table, type_names, verdict
 from model import Clip, load_clip
 
-torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32, which CUDA's convolutions are not by default
 EMBEDDINGS = ("cls", "cls+local")
+DRAWS = 100  # of a random reading
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The benchmark: two embeddings of an image, and the rule
 
 
-def embed_images(visual: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """The two embeddings, `cls` and `cls+local`, of preprocessed images (B, 3, s, s): (2, B, D), each of length 1."""
-    cls, local = visual_tokens(visual, images)  # (B, D), (B, P, D)
+def embed_images(cls: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
+    """The two embeddings, `cls` and `cls+local`, of class tokens (B, D) and local tokens (B, P, D): (2, B, D), unit."""
     cls = normalize(cls, dim=-1)
     return torch.stack([cls, normalize(cls + normalize(local, dim=-1).mean(1), dim=-1)])
+
+
+def embed_released(
+    reading: str, cls: torch.Tensor, local: torch.Tensor, rng: np.random.Generator, draws: int = DRAWS
+) -> torch.Tensor:
+    """The embedding of DIVA's released evaluation, for each of a pair's two statements: (draws or 1, 2, B, D).
+
+    `reading` is that of a recipe: "cls" and "cls+local" as above (MetaCLIP; DFN-224 and SigLIP); "sum", the latter
+    without making the sum unit (DFN-378); "random:76", the class token plus the mean of 76 local tokens, neither of
+    them unit before the sum, drawn with replacement anew for each image and statement (OpenAI).
+    """
+    if reading == "sum":
+        both = normalize(cls, dim=-1) + normalize(local, dim=-1).mean(1)
+        return both.expand(1, 2, -1, -1)
+    if reading.startswith("random:"):
+        count = int(reading.removeprefix("random:"))
+        patches = torch.from_numpy(rng.integers(local.shape[1], size=(draws, 2, len(local), count))).to(local.device)
+        ones = torch.ones_like(patches, dtype=local.dtype)
+        times = ones.new_zeros(*patches.shape[:3], local.shape[1]).scatter_add_(-1, patches, ones)  # each is drawn
+        return normalize(cls + torch.einsum("ksbp,bpd->ksbd", times / count, local), dim=-1)
+    return embed_images(cls, local)[EMBEDDINGS.index(reading)].expand(1, 2, -1, -1)
 
 
 def pairs_right(cosines: np.ndarray) -> np.ndarray:
@@ -75,16 +93,18 @@ def pairs_right(cosines: np.ndarray) -> np.ndarray:
     return first[..., 0] & ~first[..., 1]
 
 
-def similarities(clip: Clip, pairs: list[Pair], device, batch_size: int = 32, progress: bool = True) -> np.ndarray:
+def similarities(
+    clip: Clip, pairs: list[Pair], device, batch_size: int = 32, progress: bool = True, released: str | None = None
+) -> np.ndarray:
     """Cosines of statements and images within each pair, in fp32: (embeddings, pairs, 2 statements, 2 images).
 
+    With `released`, a reading of `embed_released`, its draws follow the two embeddings.
+
     Raises:
-        UserError: an image cannot be read, or this CLIP has no tokenizer.
+        UserError: an image cannot be read, this CLIP has no tokenizer, or its embeddings are not finite.
     """
     tokenizer, preprocess, model = clip.tokenizer(), clip.preprocess(), clip.model.to(device)
-    statements = ["a photo of " + s for pair in pairs for s in pair.statements]
-    paths = [path for pair in pairs for path in pair.images]
-    images, texts = [], []
+    rng, cosines, per_batch = np.random.default_rng(0), [], max(1, batch_size // 2)
 
     def read(path: Path) -> torch.Tensor:
         try:
@@ -93,182 +113,91 @@ def similarities(clip: Clip, pairs: list[Pair], device, batch_size: int = 32, pr
         except Exception as error:  # Pillow raises almost any exception on a broken file
             raise UserError(f"{path}: not a readable image ({brief(error)})") from None
 
-    bar = tqdm(total=2 * len(paths), desc="MMVP-VLM", unit="encoding", disable=not progress, leave=False, delay=1)
-    with torch.inference_mode(), bar, ThreadPoolExecutor() as pool:  # a GPU encodes faster than one core reads
-        for start in range(0, len(paths), batch_size):
-            batch = list(pool.map(read, paths[start : start + batch_size]))
-            images.append(embed_images(model.visual, torch.stack(batch).to(device)))
-            tokens = tokenizer(statements[start : start + batch_size]).to(device)
-            texts.append(model.encode_text(tokens, normalize=True))
-            bar.update(2 * len(batch))
-        images = torch.cat(images, 1).unflatten(1, (-1, 2))  # (embeddings, pairs, 2, D)
-        texts = torch.cat(texts).unflatten(0, (-1, 2))  # (pairs, 2, D)
-        return torch.einsum("psd,epid->epsi", texts, images).cpu().numpy()
+    fp32 = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # CUDA's convolutions are in TF32 by default
+    bar = tqdm(total=len(pairs), desc="MMVP-VLM", unit="pair", disable=not progress, leave=False, delay=1)
+    with torch.inference_mode(), fp32, bar, ThreadPoolExecutor() as pool:  # a GPU encodes faster than one core reads
+        for start in range(0, len(pairs), per_batch):
+            batch = pairs[start : start + per_batch]
+            images = torch.stack(list(pool.map(read, [path for pair in batch for path in pair.images]))).to(device)
+            statements = ["a photo of " + statement for pair in batch for statement in pair.statements]
+            texts = model.encode_text(tokenizer(statements).to(device), normalize=True).unflatten(0, (-1, 2))
+            cls, local = visual_tokens(model.visual, images)  # (B, D), (B, P, D)
+            embeddings = embed_images(cls, local)[:, None].expand(-1, 2, -1, -1)  # the same for both statements
+            if released:
+                embeddings = torch.cat([embeddings, embed_released(released, cls, local, rng)])
+            embeddings = embeddings.unflatten(2, (-1, 2))  # (embeddings, 2 statements, pairs, 2 images, D)
+            cosines.append(torch.einsum("psd,kspid->kpsi", texts, embeddings).cpu())
+            bar.update(len(batch))
+    cosines = torch.cat(cosines, 1).numpy()
+    if not np.isfinite(cosines).all():
+        raise UserError(f"{clip.source}: its embeddings are not finite, so it cannot be scored; its weights are broken")
+    return cosines
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Scores, their intervals, and the change between two CLIPs
+# The comparison
 
 
-def type_names(types: list[str]) -> list[str]:
-    """The types that occur, the paper's nine first and in its order, then others as they come."""
-    return [t for t in TYPES if t in types] + [t for t in dict.fromkeys(types) if t not in TYPES]
-
-
-def type_scores(values: np.ndarray, types: list[str]) -> dict[str, float]:
-    """The mean of a value per pair within each type, in percent."""
-    return {name: 100 * float(values[np.array(types) == name].mean()) for name in type_names(types)}
-
-
-def average(values: np.ndarray, types: list[str]) -> float:
-    """The benchmark's figure: the mean of the types' scores, in percent."""
-    return float(np.mean(list(type_scores(values, types).values())))
-
-
-def interval(values: np.ndarray, types: list[str]) -> tuple[float, float]:
-    """The 95% interval of `average`: a seeded bootstrap over pairs, drawn within each type; in percentage points.
-
-    `values` is one number a pair: right or wrong, or the change between two CLIPs (-1, 0 or 1).
-    """
-    rng = np.random.default_rng(0)
-    groups = [values[np.array(types) == name].astype(float) for name in type_names(types)]
-    means = [rng.choice(group, (10_000, len(group))).mean(1) for group in groups]
-    low, high = np.percentile(100 * np.mean(means, axis=0), [2.5, 97.5]).round(6) + 0.0  # no -0.0
-    return float(low), float(high)
-
-
-def mcnemar(won: int, lost: int) -> float:
-    """The exact two-sided McNemar p-value: `won` pairs against `lost` ones, were each as likely as the other."""
-    n, k = won + lost, min(won, lost)
-    return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
-
-
-def scores(cosines: np.ndarray, types: list[str]) -> dict[str, dict]:
-    """A CLIP's scores, for each embedding: the average, its interval (low, high), and the types'; in percent."""
-    found = {}
-    for embedding, right in zip(EMBEDDINGS, pairs_right(cosines)):
-        low, high = interval(right, types)
-        found[embedding] = dict(average=average(right, types), low=low, high=high, types=type_scores(right, types))
-    return found
-
-
-def table(names: list[str], cosines: list[np.ndarray], pairs: list[Pair], recipes: list[str | None]) -> str:
-    """The scores as text: types as rows; a column for each CLIP and embedding, and for the paper's figures where known.
+def compare(
+    names: list[str],
+    cosines: list[np.ndarray],
+    pairs: list[Pair],
+    folder: str | os.PathLike | None = None,
+    readings: list[str] | None = None,
+) -> str:
+    """Each CLIP's scores and the change from the first CLIP to each other one, in words; into `folder` too, if given.
 
     Args:
-        names: one for each CLIP.
-        cosines: for each CLIP (embeddings, pairs, 2, 2), from `similarities`.
-        pairs: from `read_mmvp`.
-        recipes: for each CLIP the recipe that it is, if it is one: its published scores get a column.
+        names: one for each CLIP; beside a recipe's stands what the paper reports.
+        cosines: for each CLIP, from `similarities`.
+        readings: for each CLIP the released reading whose draws follow in its cosines.
     """
-    types = [pair.type for pair in pairs]
-    rows, columns = ["", *type_names(types), "average", "95% interval"], []
-    for k, (clip_cosines, recipe) in enumerate(zip(cosines, recipes), start=1):
-        for embedding, score in scores(clip_cosines, types).items():
-            values = [*score["types"].values(), score["average"]]
-            interval_text = f"{score['low']:.1f}–{score['high']:.1f}"
-            columns.append([f"{k} {embedding}", *(f"{value:.1f}" for value in values), interval_text])
+    types, recipes = [pair.type for pair in pairs], [recipe_of(name) for name in names]
+    outcomes = [pairs_right(clip_cosines) for clip_cosines in cosines]  # of each CLIP (embeddings and draws, pairs)
+    rights = [dict(zip(EMBEDDINGS, right)) for right in outcomes]
+    changes = [change(rights[0], other, types) for other in rights[1:]]
+    draws = [[average(right, types) for right in outcome[2:]] for outcome in outcomes]
+    if folder:
+        save_scores(Path(folder), names, cosines, rights, changes, draws, pairs)
+    columns = [
+        right | ({"released": outcome[2:].mean(0)} if readings else {}) for right, outcome in zip(rights, outcomes)
+    ]
+    parts = ["\n".join(f"{k}: {name}" for k, name in enumerate(names, start=1)), table(columns, recipes, types)]
+    for k, reading in enumerate(readings or []):
+        parts.append(f"{k + 1} released, the reading {reading}: {draws_in_words(draws[k])}")
+    for k, lines in enumerate(changes, start=2):
+        parts.append(f"change from 1 to {k}:\n{change_lines(lines)}")
+    for recipe in dict.fromkeys(recipes):
         if recipe in BASELINES and type_names(types) == TYPES:
-            values = [*BASELINES[recipe], RECIPES[recipe].published[0]]
-            columns.append([f"{k} paper", *(f"{value:.1f}" for value in values), ""])
-    blocks = ["\n".join(f"{k}: {name}" for k, name in enumerate(names, start=1))]
-    for start in range(0, len(columns), 6):  # as many as fit a terminal
-        lines = ["".join(cells) for cells in zip(*map(aligned, [rows, *columns[start : start + 6]]))]
-        lines.insert(-2, "-" * len(lines[0]))
-        blocks.append("\n".join(lines))
-    return "\n\n".join(blocks)
+            parts.append("the paper (Table 1), {}: {:.1f} → {:.1f}".format(recipe, *RECIPES[recipe].published))
+    if len(names) == 2:
+        parts.append(verdict(changes[0], len(pairs)))
+    return "\n\n".join(parts)
 
 
-def aligned(cells: list[str]) -> list[str]:
-    """A column of text in its own width: names at the left, figures at the right, two spaces between columns."""
-    width = max(map(len, cells))
-    return [cell.ljust(width) for cell in cells] if not cells[0] else [cell.rjust(width + 2) for cell in cells]
-
-
-def change(before: np.ndarray, after: np.ndarray, pairs: list[Pair]) -> list[dict]:
-    """The paired change between two CLIPs, for each embedding: points, their 95% interval, pairs won and lost, p."""
-    types, changes = [pair.type for pair in pairs], []
-    for embedding, a, b in zip(EMBEDDINGS, pairs_right(before), pairs_right(after)):
-        won, lost = int((b & ~a).sum()), int((a & ~b).sum())
-        difference = b.astype(int) - a.astype(int)
-        low, high = interval(difference, types)
-        row = dict(embedding=embedding, points=average(difference, types), low=low, high=high)
-        changes.append(row | dict(won=won, lost=lost, p=mcnemar(won, lost)))
-    return changes
-
-
-def change_lines(changes: list[dict]) -> str:
-    """`change` in words, a line for each embedding."""
-    return "\n".join(
-        "{embedding:10} {points:+.1f} points (95% interval {low:+.1f} … {high:+.1f}), pairs won {won}, lost {lost}, "
-        "exact McNemar p = {p:.2g}".format(**c)
-        for c in changes
-    )
-
-
-def verdict(changes: list[dict], pairs: int) -> str:
-    """What `change` found on this many pairs, a sentence for each outcome: which embedding, how much, how sure.
-
-    A gain or a loss needs an interval that leaves out zero and p < 0.05. Without them, the sentence says the smallest
-    change that would show: the outcome is inconclusive if the interval still holds it, and no effect is seen if not.
-    """
-    found = {}
-    for c in changes:
-        changed = max(c["won"] + c["lost"], 6)  # five pairs are too few: 5 won and 0 lost have p = 0.06
-        lost = next(n for n in range(changed // 2, -1, -1) if mcnemar(changed - n, n) < 0.05)
-        visible = 100 * (changed - 2 * lost) / pairs  # points
-        if c["p"] < 0.05 and not c["low"] <= 0 <= c["high"]:
-            outcome = "A gain" if c["points"] > 0 else "A loss"
-        elif visible > 100 or max(-c["low"], c["high"]) >= visible:
-            outcome = "Inconclusive"
-        else:
-            outcome = "No effect seen"
-        found.setdefault(outcome, []).append(c | dict(visible=visible))
-    figures, sentences = "{points:+.1f} points (95% interval {low:+.1f} … {high:+.1f}, p = {p:.2g})", []
-    for outcome, same in sorted(found.items()):  # a gain or a loss first
-        sentence = f"{outcome} in {' and '.join(c['embedding'] for c in same)}: "
-        sentence += " and ".join(figures.format(**c) for c in same)
-        visible = max(c["visible"] for c in same)
-        if outcome in ("Inconclusive", "No effect seen") and visible <= 100:
-            sentence += f"; with {pairs} pairs, only a change of about {visible:.1f} points or more would show"
-        elif outcome == "Inconclusive":
-            sentence += f"; {pairs} pairs are too few to show any change"
-        sentences.append(sentence + ".")
-    return " ".join(sentences)
-
-
-def save_scores(folder: str | os.PathLike, names: list[str], cosines: list[np.ndarray], pairs: list[Pair]) -> None:
+def save_scores(folder: Path, names, cosines, rights, changes, draws, pairs: list[Pair]) -> None:
     """Writes scores.json, and pairs.csv: for each CLIP and pair the four cosines and the outcome, per embedding."""
-    folder, types = Path(folder), [pair.type for pair in pairs]
     folder.mkdir(parents=True, exist_ok=True)
-    entries, rows = [], []
-    for name, clip_cosines in zip(names, cosines):
-        entries.append(dict(clip=name) | scores(clip_cosines, types))
+    rows, types = [], [pair.type for pair in pairs]
+    for name, clip_cosines, clip_rights in zip(names, cosines, rights):
         for p, pair in enumerate(pairs):
             row = dict(clip=name, type=pair.type, id1=pair.ids[0], id2=pair.ids[1])
             row |= dict(statement1=pair.statements[0], statement2=pair.statements[1])
             for embedding, cosine in zip(EMBEDDINGS, clip_cosines[:, p]):
                 row |= {f"{embedding} s{s + 1} i{i + 1}": f"{cosine[s, i]:.7f}" for s in (0, 1) for i in (0, 1)}
-                row[f"{embedding} right"] = int(pairs_right(cosine))
+                row[f"{embedding} right"] = int(clip_rights[embedding][p])
             rows.append(row)
-    for entry, clip_cosines in zip(entries[1:], cosines[1:]):
-        entry["change"] = change(cosines[0], clip_cosines, pairs)  # from the first
     with open(folder / "pairs.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
         writer.writerows(rows)
-    content = json.dumps(dict(pairs=len(pairs), clips=entries), indent=2) + "\n"
+    clips = [dict(clip=name) | scores(clip_rights, types) for name, clip_rights in zip(names, rights)]
+    for clip, lines in zip(clips[1:], changes):
+        clip["change"] = lines  # from the first
+    for clip, averages in zip(clips, draws):
+        clip["released"] = averages  # one for each draw; none without --released
+    content = json.dumps(dict(pairs=len(pairs), clips=clips), indent=2) + "\n"
     write_whole(folder / "scores.json", content)  # last: it says that the run was evaluated
-
-
-def report(names: list[str], cosines: list[np.ndarray], pairs: list[Pair], recipes: list[str | None]) -> str:
-    """The table, the change from the first CLIP to each other one, and what the paper reports for the recipe."""
-    parts = [table(names, cosines, pairs, recipes)]
-    for k, other in enumerate(cosines[1:], start=2):
-        parts.append(f"change from 1 to {k}:\n" + change_lines(change(cosines[0], other, pairs)))
-    for recipe in dict.fromkeys(r for r in recipes if r in BASELINES and type_names([p.type for p in pairs]) == TYPES):
-        parts.append("the paper (Table 1), {}: {:.1f} → {:.1f}".format(recipe, *RECIPES[recipe].published))
-    return "\n\n".join(parts)
 
 
 def main() -> None:
@@ -281,6 +210,8 @@ def main() -> None:
     parser.add_argument("clips", nargs="+", metavar="CLIP", help="the CLIPs to evaluate")
     mmvp = "the hub's data set, or a folder (default: MMVP/MMVP_VLM, or a recipe's own)"
     parser.add_argument("--mmvp", metavar="PATH", help=mmvp)
+    released = "DIVA's own reading too: that of each CLIP's recipe, or else of RECIPE"
+    parser.add_argument("--released", metavar="RECIPE", nargs="?", const="", help=released)
     parser.add_argument("--out", metavar="DIR", help="write scores.json and pairs.csv there")
     parser.add_argument("--batch-size", type=int, default=32, help="images encoded at once (default: %(default)s)")
     args = parser.parse_args()
@@ -290,15 +221,22 @@ def main() -> None:
         raise UserError("--batch-size: must be at least 1")
     if args.out:
         check_writable(args.out, "--out")
-    recipes = [recipe_of(name) for name in args.clips]
-    own = [recipe_of(split_weights(name)[0]) for name in args.clips]
-    own = [RECIPES[recipe].mmvp for recipe in own if recipe and RECIPES[recipe].mmvp]
-    pairs = read_mmvp(args.mmvp or (own or ["MMVP/MMVP_VLM"])[0])
+    recipes = [recipe_of(split_weights(name)[0]) for name in args.clips]
+    benchmarks = [RECIPES[recipe].mmvp for recipe in recipes if recipe]
+    pairs = read_mmvp(args.mmvp or next(filter(None, benchmarks), "MMVP/MMVP_VLM"))
+    readings = None
+    if args.released is not None:
+        other = args.released or next(filter(None, recipes), "")
+        if other not in RECIPES:
+            raise UserError(f"--released {other}: name the recipe whose reading is meant, of {', '.join(RECIPES)}")
+        readings = [RECIPES[recipe or other].released for recipe in recipes]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cosines = [similarities(load_clip(name), pairs, device, args.batch_size) for name in args.clips]
-    print(report(args.clips, cosines, pairs, recipes))
+    cosines = []
+    for k, name in enumerate(args.clips):
+        clip, reading = load_clip(name), readings[k] if readings else None
+        cosines.append(similarities(clip, pairs, device, args.batch_size, released=reading))
+    print(compare(args.clips, cosines, pairs, args.out, readings))
     if args.out:
-        save_scores(args.out, args.clips, cosines, pairs)
         print(f"\nwritten: {args.out}/scores.json, {args.out}/pairs.csv")
 
 

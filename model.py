@@ -10,7 +10,6 @@ import functools
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import open_clip
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
@@ -22,7 +21,7 @@ from transformers import AutoTokenizer, CLIPTextModel
 
 from condition import count_patches
 from harness.errors import UserError
-from harness.pretrained import check_kind, clip_options, load_part, load_tokenizer, loading, quiet, random_diffusion
+from harness.pretrained import check_kind, clip_options, load_part, load_tokenizer, loading, random_diffusion
 from harness.recipes import SD21, SD21_MIRROR, check_diffusion
 from harness.weights import replace_weights
 
@@ -43,7 +42,6 @@ class Clip:
     config: dict
     patches: int
     no_tokenizer: str = ""  # why its tokenizer could not be loaded, once that is known: asking a hub in vain takes long
-    untouched: torch.nn.Module | None = None  # its vision tower before training, where `drift` is asked for
 
     @property
     def image_size(self) -> int:
@@ -93,15 +91,6 @@ class Clip:
             with contextlib.suppress(UserError):
                 self.tokenizer().save_pretrained(folder)
 
-    # Beyond the paper, with `untouched`:
-
-    def drift(self, cls: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-        """How far class tokens (B, D) of prepared images have moved from the untouched CLIP's: the mean square."""
-        kind = "cuda" if cls.is_cuda else "cpu"
-        with torch.no_grad(), torch.autocast(kind, torch.bfloat16, enabled=cls.dtype == torch.bfloat16):
-            before = self.untouched(images)
-        return (cls.float() - before.float()).square().mean()
-
 
 def load_clip(name: str, random_weights: bool = False, device: str = "cpu") -> Clip:
     """Loads a CLIP in fp32, in eval mode, on `device`: a recipe's, ARCH:TAG, hf-hub:OWNER/NAME, or a saved folder.
@@ -150,21 +139,16 @@ class Diffusion:
     prediction_type: str
     text: torch.Tensor
 
-    @property
-    def image_size(self) -> int:
-        """The side of its own images in pixels (512 for 2.1-base)."""
-        return self.unet.config.sample_size * self.downsampling
+    def image_size(self, asked: int | None = None) -> int:
+        """The side S of its images in pixels: its own (512 for 2.1-base), or the one asked for.
 
-    @property
-    def downsampling(self) -> int:
-        """Pixels per latent, along a side (8)."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
-
-    def latent_shape(self, image_size: int) -> tuple[int, int, int]:
-        """Of the latents of an image, (4, S/8, S/8). UserError: a side that the VAE cannot divide."""
-        if image_size % self.downsampling:
-            raise UserError(f"--image-size {image_size}: must be a multiple of {self.downsampling}")
-        return self.vae.config.latent_channels, image_size // self.downsampling, image_size // self.downsampling
+        Raises:
+            UserError: the VAE cannot divide it.
+        """
+        pixels = 2 ** (len(self.vae.config.block_out_channels) - 1)  # per latent, along a side: 8
+        if asked and asked % pixels:
+            raise UserError(f"--image-size {asked}: must be a multiple of {pixels}")
+        return asked or self.unet.config.sample_size * pixels
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """Pixels in [0, 1], (B, 3, S, S) → latents z, (B, 4, S/8, S/8) fp32: the distribution's mean, scaled."""
@@ -215,26 +199,3 @@ def embed_texts(name: str, texts: list[str], end_only: bool = False) -> torch.Te
                 states = states[torch.arange(len(ids)), end]  # (b, W)
             embedded.append(states)
     return torch.cat(embedded)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Beyond the paper
-
-
-def embed_phrases(clip: Clip, name: str, text: str, count: int = 2000) -> tuple[torch.Tensor, torch.Tensor]:
-    """What CLIP and φ make of the same phrases, random words of φ's vocabulary; so no captions are needed.
-
-    Returns CLIP's embeddings (count, D), and φ's states of the end token less that of `text` (count, W).
-    """
-    with quiet():
-        vocabulary = AutoTokenizer.from_pretrained(name, subfolder="tokenizer", trust_remote_code=False).get_vocab()
-        whole = [word for word in vocabulary if word.endswith("</w>")] or vocabulary  # BPE marks where a word ends
-        words = sorted(word for word in (w.removesuffix("</w>") for w in whole) if word.isalpha())
-        rng = np.random.default_rng(0)
-        phrases = [" ".join(rng.choice(words, rng.integers(1, 9))) for _ in range(count)]
-        states = embed_texts(name, [text, *phrases], end_only=True)  # (1 + count, W)
-    device = clip.model.logit_scale.device
-    with torch.no_grad():
-        tokens = clip.tokenizer()(phrases).to(device)
-        embeddings = torch.cat([clip.model.encode_text(part) for part in tokens.split(64)])  # (count, D)
-    return embeddings, (states[1:] - states[0]).to(device)

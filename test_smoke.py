@@ -18,6 +18,7 @@ import atexit
 import io
 import json
 import math
+import re
 import shutil
 import signal
 import subprocess
@@ -34,16 +35,19 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, CLIPTextModel
 
+import beyond
 import condition
 import data
 import evaluate_mmvp
 import model
 import train
+from condition import Recap, parse_recap
+from harness import scores
 from harness.errors import Stopped, UserError
 from harness.options import parse_args
 from harness.pretrained import quiet
-from harness.recipes import BASELINES, MINIATURE, RECIPES, TYPES, Recap, locate_clip, parse_recap
-from harness.run import SIGNALS
+from harness.processes import joined_processes
+from harness.recipes import BASELINES, MINIATURE, RECIPES, TYPES, beyond_the_paper, locate_clip
 
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 CPU = torch.device("cpu")
@@ -107,16 +111,17 @@ def test_every_recipe_has_the_papers_tokens():
                 clip = model.load_clip(name, random_weights=True, device="meta")
             images = torch.empty(1, 3, clip.image_size, clip.image_size, device="meta")
             towers[source] = condition.visual_tokens(clip.model.visual, images)[1].shape[1]
-            assert towers[source] == condition.count_patches(clip.model.visual)
-        assert towers[source] == recipe.patches == patches
+            assert towers[source] == clip.patches
+        assert towers[source] == patches
         assert parse_recap(recipe.recap, patches).count + 1 == tokens
         assert (recipe.join == "positions") == (tokens == 77)
+        assert not beyond_the_paper(vars(recipe))
         assert np.mean(BASELINES[name]) == pytest.approx(recipe.published[0], abs=0.06)  # of the nine types
 
 
 def test_recap_is_uniform_and_without_replacement():
-    rng = np.random.default_rng(0)
-    patches = np.stack([condition.draw_patches(20, 5, 2, rng) for _ in range(4000)])  # (images, states, K)
+    rngs = [np.random.default_rng(i) for i in range(4000)]
+    patches = condition.draw_patches(Recap("random", 20, 5), 2, rngs).numpy()  # (images, states, K)
     assert patches.shape == (4000, 2, 5)
     assert all(len(set(state)) == 5 for image in patches for state in image)
     counts = np.bincount(patches.ravel(), minlength=20)  # each of 20 patches: 8,000 draws of 5 of 20
@@ -129,57 +134,14 @@ def test_recap_is_uniform_and_without_replacement():
 def test_recap_takes_the_tokens_it_names():
     cls, local = torch.randn(2, 4), torch.randn(2, 7, 4)
     drawn = torch.tensor([[[6, 1], [0, 2]], [[3, 4], [5, 6]]])
-    random = condition.dense_recap(cls, local, Recap("random", 2), drawn)
+    random = condition.dense_recap(cls, local, Recap("random", 7, 2), drawn)
     assert random.shape == (2, 2, 3, 4)
     assert torch.equal(random[1, 0], torch.stack([cls[1], local[1, 3], local[1, 4]]))
-    pooled = condition.dense_recap(cls, local, Recap("pool", 2, 3))  # 7 patches: two windows, the seventh is dropped
+    pooled = condition.dense_recap(cls, local, Recap("pool", 7, 2, 3))  # 7 patches: two windows, the seventh is dropped
     assert pooled.shape == (2, 1, 3, 4)
     torch.testing.assert_close(pooled[:, 0, 1:], torch.nn.functional.avg_pool1d(local.mT, 3, 3).mT)
-    assert torch.equal(condition.dense_recap(cls, local, Recap("all", 7))[:, 0], torch.cat([cls[:, None], local], 1))
-    assert torch.equal(condition.dense_recap(cls, local, Recap("none", 0)), cls[:, None, None])
-
-
-def test_a_fitted_projection_carries_class_tokens_to_the_states_of_texts():
-    """Beside NumPy's least squares, and the transport between two normal distributions in its other closed form."""
-    rng = np.random.default_rng(0)
-    phrases = rng.standard_normal((500, 6)) @ rng.standard_normal((6, 6)) + rng.standard_normal(6)
-    states = phrases @ rng.standard_normal((6, 5)) + rng.standard_normal((500, 5))
-    tokens = rng.standard_normal((400, 6)) @ rng.standard_normal((6, 6)) * 5 + 3
-    projection = torch.nn.Linear(6, 5).double()
-    condition.fit_projection(projection, *map(torch.from_numpy, (phrases, states, tokens)))
-    text, image = (np.cov(a.T, bias=True) for a in (phrases, tokens))
-    ridge = np.sqrt(0.01 * np.trace(text) / 6 * 500) * np.eye(6)  # as further rows that should give zero
-    rows = np.concatenate([phrases - phrases.mean(0), ridge])
-    fitted = np.linalg.lstsq(rows, np.concatenate([states - states.mean(0), np.zeros((6, 5))]), rcond=None)[0]
-    image += 0.02 * np.trace(image) / 6 * np.eye(6)
-    root = symmetric_power(text, 0.5)
-    transport = root @ symmetric_power(root @ image @ root, -0.5) @ root
-    np.testing.assert_allclose(transport @ image @ transport, text)  # it brings one covariance to the other
-    expected = (tokens - tokens.mean(0)) @ transport @ fitted + states.mean(0)
-    np.testing.assert_allclose(projection(torch.from_numpy(tokens)).detach(), expected, atol=1e-9)
-
-
-def symmetric_power(matrix: np.ndarray, power: float) -> np.ndarray:
-    values, vectors = np.linalg.eigh(matrix)
-    return vectors @ np.diag(values**power) @ vectors.T
-
-
-def test_the_pull_is_the_distance_to_the_untouched_clip(tmp_path):
-    clip, other = model.load_clip("miniature"), model.load_clip("miniature")
-    clip.untouched = other.model.visual
-    images = torch.randn(4, 3, 64, 64)
-    cls, _ = condition.visual_tokens(clip.model.visual, images)
-    assert clip.drift(cls, images) < 1e-10  # with and without gradients, attention may round differently
-    with torch.no_grad():
-        clip.model.visual.proj += 0.01 * torch.randn(clip.model.visual.proj.shape)
-    cls, _ = condition.visual_tokens(clip.model.visual, images)
-    expected = np.square((clip.model.encode_image(images) - other.model.encode_image(images)).detach().numpy()).mean()
-    assert clip.drift(cls, images).item() == pytest.approx(expected, rel=1e-5)
-    moved = []
-    for pull in (0, 1):
-        tower = model.load_clip(f"{run(tmp_path / f'{pull}', f'--pull {pull}')}/clip").model.visual
-        moved.append(float((tower(images) - other.model.visual(images)).detach().square().mean()))
-    assert 0 < moved[1] < moved[0]
+    assert torch.equal(condition.dense_recap(cls, local, Recap("all", 7, 7))[:, 0], torch.cat([cls[:, None], local], 1))
+    assert torch.equal(condition.dense_recap(cls, local, Recap("none", 7, 0)), cls[:, None, None])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -200,12 +162,8 @@ def written_out(clip, diffusion, conditioner, recap: str, images, latents, drawn
             else:
                 tokens = list(local) if recap == "all" else []
             tokens = torch.stack([cls, *tokens]) @ linear.weight.T + linear.bias
-            if conditioner.join == "mean":
-                c = tokens + diffusion.text[0].mean(0)
-            elif recap == "none":  # at every position but the first, which is the start token's
-                c = torch.cat([diffusion.text[0, :1], diffusion.text[0, 1:] + tokens])
-            else:
-                c = tokens + diffusion.text[0]
+            text = diffusion.text[0]
+            c = tokens + (text.mean(0) if conditioner.join == "mean" else text)
             alpha_bar = torch.prod(1 - beta[: t + 1])
             z, noise = latents[b], drawn["noise"][b, n]
             z_t = alpha_bar.sqrt() * z + (1 - alpha_bar).sqrt() * noise
@@ -224,7 +182,6 @@ def written_out(clip, diffusion, conditioner, recap: str, images, latents, drawn
         "miniature random:23 positions v_prediction",  # 1 + 23 tokens, as many as the text has positions
         "miniature all mean v_prediction",
         "miniature none mean epsilon",
-        "miniature none positions epsilon",
         "siglip pool:5 mean epsilon",
     ],
 )
@@ -234,26 +191,25 @@ def test_loss_and_gradients_are_algorithm_1(clips, tmp_path, case):
     config = folder / "scheduler" / "scheduler_config.json"
     config.write_text(config.read_text().replace('"epsilon"', f'"{prediction}"'))
     clip, diffusion = model.load_clip(clips[name]), model.load_diffusion(f"{folder}", "red house", torch.float32, CPU)
-    patches = condition.count_patches(clip.model.visual)
-    parsed = parse_recap(recap, patches)
-    conditioner = condition.VisualCondition(clip, diffusion, parsed, join, seed=3)
-    torch.manual_seed(4)
-    drawn = dict(timesteps=torch.randint(1000, (2, 3)), noise=torch.randn(2, 3, *diffusion.latent_shape(32)))
-    if parsed.kind == "random":
-        drawn["patches"] = torch.stack([torch.randperm(patches)[: parsed.count] for _ in range(6)]).unflatten(0, (2, 3))
+    parsed = parse_recap(recap, clip.patches)
+    torch.manual_seed(3)
+    conditioner = condition.VisualCondition(clip, diffusion, parsed, join)
     pixels = torch.rand(2, 3, 32, 32)
     images, latents = clip.prepare(pixels), diffusion.encode(pixels)
+    rngs = train.image_rngs(4, [(0, 0), (0, 1)])
+    timesteps, noise = train.draw_noise((3, *latents.shape[1:]), 0, 1000, rngs)
+    patches = condition.draw_patches(parsed, 3, rngs)
 
-    c, _ = conditioner(images, diffusion.text, drawn.get("patches"))
-    loss = train.denoising_loss(diffusion, latents, c, drawn["timesteps"], drawn["noise"])
+    c, _ = conditioner(images, diffusion.text, patches)
+    loss = train.denoising_loss(diffusion, latents, c, timesteps, noise)
     loss.backward()
     gradients = {k: p.grad.double() for k, p in conditioner.named_parameters()}
 
     conditioner.double().zero_grad()
     diffusion.unet.double()
     diffusion.text = diffusion.text.double()
-    exact = {k: v.double() if v.is_floating_point() else v for k, v in drawn.items()}
-    expected = written_out(clip.model, diffusion, conditioner, recap, images.double(), latents.double(), exact)
+    drawn = dict(timesteps=timesteps, noise=noise.double(), patches=patches)
+    expected = written_out(clip.model, diffusion, conditioner, recap, images.double(), latents.double(), drawn)
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     largest = max(p.grad.norm() for p in conditioner.parameters())
@@ -266,8 +222,8 @@ def test_condition_in_bf16_is_near_fp32():
     clip, losses = model.load_clip("miniature"), []
     for dtype in (torch.float32, torch.bfloat16):
         diffusion = model.load_diffusion(f"{MINIATURE}/diffusion", "", dtype, CPU)
-        conditioner = condition.VisualCondition(clip, diffusion, parse_recap("all", 64), "mean", seed=0)
         torch.manual_seed(5)
+        conditioner = condition.VisualCondition(clip, diffusion, parse_recap("all", 64), "mean")
         pixels, noise, t = torch.rand(4, 3, 64, 64), torch.randn(4, 2, 4, 8, 8), torch.randint(0, 1000, (4, 2))
         c, _ = conditioner(clip.prepare(pixels), diffusion.text)
         losses.append(train.denoising_loss(diffusion, diffusion.encode(pixels), c, t, noise))
@@ -321,7 +277,7 @@ def test_shards_read_what_tarfile_reads(tmp_path, monkeypatch):
     images = data.open_images([f"{tmp_path}/*.tar"])
     assert [images.read(i) for i in range(len(images))] == expected
 
-    caches = sorted((tmp_path / "cache" / "diva").iterdir())  # here, and nowhere else
+    caches = list((tmp_path / "cache" / "diva").iterdir())  # here, and nowhere else
     assert len(caches) == 3 and len(list(tmp_path.iterdir())) == 4
     with monkeypatch.context() as patch:
         patch.setattr(tarfile, "open", None)  # the cache must do
@@ -355,34 +311,37 @@ def test_crops_have_the_papers_area_and_ratio(monkeypatch):
 def test_draws_depend_on_seed_step_and_position_alone(tmp_path):
     shard = write_shard(tmp_path / "0.tar", {f"{i}.jpg": jpeg(picture(40, i)) for i in range(5)})
     source = data.open_images([f"{shard}"])
-    draw = train.build(settings("unused"), CPU, source)[-1].draw
 
     def read(micro_batch: int, processes: int, workers: int, seed: int = 0) -> dict:
-        """Every item of steps 1 and 2 of a batch of 4, by step and position."""
-        found = {}
+        """Pixels and draws of steps 1 and 2 of a batch of 4, by step and position."""
+        items = {}
         for rank in range(processes):
-            images = data.TrainingImages(source, 64, 4, seed, draw)
-            keys = list(data.batch_keys(1, 3, 4, micro_batch, rank, processes))
-            for of_batch, batch in zip(keys, data.read_batches(images, keys, workers, CPU), strict=True):
-                for i, key in enumerate(of_batch):
-                    found[key] = [batch[k][i] for k in ("images", "timesteps", "noise", "patches")]
-        return found
+            images = data.TrainingImages(source, 64, 4, seed)
+            keys = data.batch_keys(1, 3, 4, micro_batch, rank, processes)
+            for batch in data.read_batches(images, keys, workers, CPU):
+                rngs = train.image_rngs(seed, batch["keys"])
+                timesteps, noise = train.draw_noise((2, 4, 8, 8), 0, 1000, rngs)
+                patches = condition.draw_patches(Recap("random", 64, 19), 2, rngs)
+                for i, key in enumerate(batch["keys"]):
+                    items[key] = [batch["images"][i], timesteps[i], noise[i], patches[i]]
+        return items
 
     one = read(4, 1, 0)
     assert sorted(one) == [(step, position) for step in (1, 2) for position in range(4)]
-    for other in (read(1, 2, 0), read(2, 1, 2)):
+    for other in (read(1, 2, 0), read(2, 1, 3)):
+        assert one.keys() == other.keys()
         assert all(torch.equal(a, b) for key in one for a, b in zip(one[key], other[key], strict=True))
     changed = read(4, 1, 0, seed=1)
     assert not any(torch.equal(one[key][2], changed[key][2]) for key in one)
     noises = torch.stack([item[2] for item in one.values()])
     assert len(noises.flatten(1).unique(dim=0)) == 8  # no two images share their noise
+    assert noises.mean().abs() < 5 / math.sqrt(noises.numel()) and abs(noises.std() - 1) < 0.05
 
+    rngs = [np.random.default_rng(i) for i in range(5000)]
     for low, high in ((0, 1000), (500, 900)):
-        draw = train.build(settings("unused", f"--timesteps {low}:{high}"), CPU, source)[-1].draw
-        t = np.concatenate([draw(np.random.default_rng(i))["timesteps"] for i in range(5000)])
+        t = train.draw_noise((2, 1, 1, 1), low, high, rngs)[0].numpy()
         assert t.min() == low and t.max() == high - 1  # uniform: by five standard errors of the mean
         assert abs(t.mean() - (low + high - 1) / 2) < 5 * (high - low) / math.sqrt(12 * 10_000)
-    assert noises.mean().abs() < 5 / math.sqrt(noises.numel()) and abs(noises.std() - 1) < 0.05
 
     order = data.TrainingImages(source, 64, 4)
     seen = [order.index(*divmod(i, 4)) for i in range(10)]  # 2.5 steps are two epochs of 5 images
@@ -395,17 +354,18 @@ def test_draws_depend_on_seed_step_and_position_alone(tmp_path):
 
 def test_learning_rate_is_the_papers():
     rates = [train.learning_rate(step, 4600, 1e-4, 0.005) for step in range(4600)]
-    assert rates[0] == pytest.approx(1e-4 / 23) and rates[22] == rates[23] == max(rates) == 1e-4  # 23 steps of warm-up
+    assert rates[:23] == pytest.approx([1e-4 * k / 24 for k in range(1, 24)]) and rates[23] == max(rates) == 1e-4
     assert rates[23 + 4577 // 2] == pytest.approx(0.5e-4, rel=1e-3) and 0 < rates[-1] < 1e-10
     assert train.learning_rate(0, 1, 1e-4, 0) == 1e-4
+    assert train.learning_rate(0, 5, 1e-4, 0.03) == 0.5e-4  # at least one step warms up
 
 
 @pytest.mark.parametrize(
     "more, moving, rates",
     [
-        ("", ["visual projection"] * 3, (1, 2, 2)),  # two of the three steps warm up
-        ("--freeze-projection", ["visual"] * 3, (1, 2, 2)),
-        ("--projection-steps 1 --projection-lr 3", ["projection"] + ["visual projection"] * 2, (3, 2, 2)),
+        ("", ["visual projection"] * 3, (2 / 3, 4 / 3, 2)),  # two of the three steps warm up
+        ("--freeze-projection", ["visual"] * 3, (2 / 3, 4 / 3, 2)),
+        ("--projection-steps 1 --projection-lr 3", ["projection"] + ["visual projection"] * 2, (1.5, 1, 2)),
     ],
 )
 def test_steps_are_clipped_sgd_with_momentum_and_nothing_else_moves(tmp_path, monkeypatch, more, moving, rates):
@@ -414,30 +374,34 @@ def test_steps_are_clipped_sgd_with_momentum_and_nothing_else_moves(tmp_path, mo
     args, build, built = settings("unused", flags), train.build, []
     monkeypatch.setattr(train, "build", lambda *args: built.append(build(*args)) or built[-1])
     out = run(tmp_path / "run", flags)
-    clip, diffusion, conditioner, images = build(args, CPU, data.open_images(args.data))  # as they were at the start
-    velocity = dict.fromkeys(dict(conditioner.named_parameters()), 0)
-    held = train.build_optimizer(args, conditioner).param_groups[0]["params"]
-    assert len(held) == len(velocity) - (2 if "freeze" in more else 0)  # the layer's weight and bias
+    clip, diffusion, conditioner = build(args, CPU)  # as they were at the start
+    images = data.TrainingImages(data.open_images(args.data), 64, 4, args.seed)
+    velocity = {}
     for step, (line, parts, lr) in enumerate(zip(metrics(out), moving, rates, strict=True)):
         batch = data.to_device(data.collate([images[step, position] for position in range(4)]), CPU)
-        c, _ = conditioner(clip.prepare(batch["images"]), diffusion.text, batch["patches"])
+        rngs = train.image_rngs(args.seed, batch["keys"])
         latents = diffusion.encode(batch["images"])
-        loss = train.denoising_loss(diffusion, latents, c, batch["timesteps"], batch["noise"])
+        timesteps, noise = train.draw_noise((2, *latents.shape[1:]), 0, 1000, rngs)
+        patches = condition.draw_patches(conditioner.recap, 2, rngs)
+        c, _ = conditioner(clip.prepare(batch["images"]), diffusion.text, patches)
+        loss = train.denoising_loss(diffusion, latents, c, timesteps, noise)
         conditioner.zero_grad()
         loss.backward()
         parameters = {k: p for k, p in conditioner.named_parameters() if k.split(".")[0] in parts.split()}
         norm = torch.cat([p.grad.flatten() for p in parameters.values()]).norm()
-        assert line["loss"] == pytest.approx(loss.item(), rel=1e-5) and line["lr"] == lr
+        assert line["loss"] == pytest.approx(loss.item(), rel=1e-5) and line["lr"] == pytest.approx(lr)
         assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-4) and norm > 0.05
+        if step and parts != moving[step - 1]:
+            velocity = {}  # each stage has an optimizer of its own
         with torch.no_grad():
             for k, p in parameters.items():
-                velocity[k] = 0.8 * velocity[k] + p.grad * 0.05 / norm
+                velocity[k] = 0.8 * velocity.get(k, 0) + p.grad * 0.05 / norm
                 p -= lr * velocity[k]
     trained = weights(out)
     for k, p in conditioner.named_parameters():
         torch.testing.assert_close(trained[k], p.detach(), rtol=1e-4, atol=1e-5)
 
-    start, (theta, phi, *_) = model.load_clip("miniature").model.state_dict(), built[0]  # after the run
+    start, (theta, phi, _) = model.load_clip("miniature").model.state_dict(), built[0]  # after the run
     moved = {k for k, v in theta.model.state_dict().items() if not torch.equal(v, start[k])}
     assert moved == {k for k, _ in theta.model.visual.named_parameters(prefix="visual")}
     assert torch.equal(trained["projection.weight"], conditioner.projection.weight) == ("freeze" in more)
@@ -446,14 +410,18 @@ def test_steps_are_clipped_sgd_with_momentum_and_nothing_else_moves(tmp_path, mo
         assert all(torch.equal(v, before[k]) for k, v in after.items())
 
 
-@pytest.mark.parametrize("more", ["", "--optimizer adamw --projection-steps 1"])
+@pytest.mark.parametrize("more", ["", "--optimizer adamw --projection-steps 2"])
 def test_a_run_stops_and_goes_on_in_the_same_bits(tmp_path, monkeypatch, more):
+    """Stopped in the fourth step, which is taken; with two stages also in the second, the last of its stage."""
     flags = f"--steps 5 --save-every 2 --micro-batch 2 {more}"
-    whole = run(tmp_path / "whole", flags)
-    losses = at_loss(monkeypatch, 7, lambda: signal.raise_signal(signal.SIGTERM))  # in the fourth step, which is taken
-    with pytest.raises(Stopped, match="SIGTERM: stopped after 4 steps, .* the same command goes on"):
-        run(tmp_path / "run", flags)
-    assert len(losses) == 8 and steps_saved(tmp_path / "run") == 4
+    whole, begun = run(tmp_path / "whole", flags), 0
+    for end in (2, 4) if more else (4,):
+        with monkeypatch.context() as patch:
+            losses = at_loss(patch, 2 * (end - begun) - 1, lambda: signal.raise_signal(signal.SIGTERM))
+            with pytest.raises(Stopped, match=f"SIGTERM: stopped after {end} steps, .* the same command goes on"):
+                run(tmp_path / "run", flags)
+        assert len(losses) == 2 * (end - begun) and steps_saved(tmp_path / "run") == end
+        begun = end
     assert_same_run(whole, run(tmp_path / "run", flags))
     assert_saved(tmp_path / "run")
     with pytest.raises(UserError, match="holds another run .steps 5 there, 6 here; .*seed 0 there, 1 here.; .*remove"):
@@ -490,6 +458,43 @@ def test_the_saved_clip_is_open_clips(clips, tmp_path, name):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# beyond.py
+
+
+def test_a_fitted_projection_carries_class_tokens_to_the_states_of_texts():
+    """Beside NumPy's least squares; class tokens come to the texts' mean and to their mean square distance from it."""
+    rng = np.random.default_rng(0)
+    phrases = rng.standard_normal((500, 6)) @ rng.standard_normal((6, 6)) + rng.standard_normal(6)
+    states = phrases @ rng.standard_normal((6, 5)) + rng.standard_normal((500, 5))
+    tokens = rng.standard_normal((400, 6)) * 5 + 3
+    projection = torch.nn.Linear(6, 5).double()
+    beyond.fit_linear(projection, *map(torch.from_numpy, (phrases, states, tokens)))
+    centred, image = phrases - phrases.mean(0), tokens - tokens.mean(0)
+    ridge = np.sqrt(0.01 * centred.var() * 500) * np.eye(6)  # as further rows that should give zero
+    rows = np.concatenate([centred, ridge])
+    fitted = np.linalg.lstsq(rows, np.concatenate([states - states.mean(0), np.zeros((6, 5))]), rcond=None)[0]
+    expected = image * np.linalg.norm(centred) / np.linalg.norm(image) * np.sqrt(400 / 500) @ fitted + states.mean(0)
+    np.testing.assert_allclose(projection(torch.from_numpy(tokens)).detach(), expected, atol=1e-9)
+
+
+def test_the_pull_is_the_distance_to_the_untouched_clip(tmp_path):
+    clip, images = model.load_clip("miniature"), torch.randn(4, 3, 64, 64)
+    pull, untouched = beyond.Pull(clip, 3), clip.model.encode_image(images)
+    cls, _ = condition.visual_tokens(clip.model.visual, images)
+    assert pull(cls, images) < 1e-9  # with and without gradients, attention may round differently
+    with torch.no_grad():
+        clip.model.visual.proj += 0.01 * torch.randn(clip.model.visual.proj.shape)
+    cls, _ = condition.visual_tokens(clip.model.visual, images)
+    expected = 3 * np.square((clip.model.encode_image(images) - untouched).detach().numpy()).mean()
+    assert pull(cls, images).item() == pytest.approx(expected, rel=1e-5)
+    moved = []
+    for strength in (0, 1):
+        tower = model.load_clip(f"{run(tmp_path / f'{strength}', f'--pull {strength}')}/clip").model.visual
+        moved.append(float((tower(images) - untouched).detach().square().mean()))
+    assert 0 < moved[1] < moved[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # evaluate_mmvp.py
 
 
@@ -517,8 +522,8 @@ def test_scores_are_the_benchmarks(clips, name):
     assert np.array_equal(evaluate_mmvp.pairs_right(cosines), expected)
     types = [pair.type for pair in pairs]
     by_type = {t: 100 * np.mean([right for right, other in zip(expected[0], types) if other == t]) for t in TYPES}
-    assert evaluate_mmvp.type_scores(expected[0], types) == pytest.approx(by_type)
-    assert evaluate_mmvp.average(expected[0], types) == pytest.approx(np.mean(list(by_type.values())))
+    assert scores.type_scores(expected[0], types) == pytest.approx(by_type)
+    assert scores.average(expected[0], types) == pytest.approx(np.mean(list(by_type.values())))
 
 
 def test_a_tie_goes_to_the_second_image():
@@ -527,16 +532,57 @@ def test_a_tie_goes_to_the_second_image():
     assert evaluate_mmvp.pairs_right(cosines).tolist() == [True, False, True, False]
 
 
+@pytest.mark.parametrize("reading", ["cls", "cls+local", "sum", "random:5"])
+def test_the_released_reading_is_the_released_rule(reading):
+    """Written out for one pair and given patches; of a random reading the draws are NumPy's."""
+    torch.manual_seed(0)
+    cls, local, texts = torch.randn(2, 8), torch.randn(2, 7, 8), torch.nn.functional.normalize(torch.randn(2, 8))
+    embeddings = evaluate_mmvp.embed_released(reading, cls, local, np.random.default_rng(3), draws=4)
+    drawn = np.random.default_rng(3).integers(7, size=(4, 2, 2, 5))
+    for k in range(len(embeddings)):
+        for s in (0, 1):
+            for i in (0, 1):
+                tokens = [token / token.norm() for token in local[i]]
+                x = cls[i] / cls[i].norm() + sum(tokens) / 7
+                if reading == "cls":
+                    x = cls[i] / cls[i].norm()
+                elif reading == "cls+local":
+                    x = x / x.norm()
+                elif reading == "random:5":
+                    x = cls[i] + sum(local[i, p] for p in drawn[k, s, i]) / 5
+                    x = x / x.norm()
+                torch.testing.assert_close(texts[s] @ embeddings[k, s, i], texts[s] @ x)
+    assert len(embeddings) == (4 if reading == "random:5" else 1)
+
+
+def test_the_best_of_several_draws():
+    """Beside ten thousand choices of five of the draws."""
+    averages = list(np.random.default_rng(0).normal(30, 2, 100))
+    best = np.random.default_rng(1).choice(averages, (10_000, 5)).max(1).mean()
+    words = scores.draws_in_words(averages)
+    assert float(re.search(r" 5: ([\d.]+)", words)[1]) == pytest.approx(best, abs=0.1)
+    assert f"mean of 100 draws {np.mean(averages):.1f} (standard deviation {np.std(averages, ddof=1):.1f}" in words
+
+
+def test_what_is_not_finite_is_not_scored():
+    pairs = evaluate_mmvp.read_mmvp(f"{MINIATURE}/mmvp")[:1]
+    for weight in ("visual.proj", "text_projection"):
+        clip = model.load_clip("miniature")
+        clip.model.get_parameter(weight).data[0, 0] = math.nan
+        with pytest.raises(UserError, match="its embeddings are not finite"):
+            evaluate_mmvp.similarities(clip, pairs, CPU)
+
+
 def test_intervals_and_p_values():
     """Beside the binomial distribution in closed form: the bootstrap of nine types of 15 pairs, and McNemar's test."""
     types = [name for name in TYPES for _ in range(15)]
     right = np.random.default_rng(1).random(135) < 0.3
     shares = [right[np.array(types) == name].mean() for name in TYPES]
     spread = 100 * math.sqrt(sum(p * (1 - p) / 15 for p in shares)) / 9  # of the mean of nine binomial shares
-    low, high = evaluate_mmvp.interval(right, types)
+    low, high = scores.interval(right, types)
     assert (high - low) / (2 * 1.96 * spread) == pytest.approx(1, abs=0.05)
-    assert (low + high) / 2 == pytest.approx(evaluate_mmvp.average(right, types), abs=0.8)
-    mcnemar = evaluate_mmvp.mcnemar
+    assert (low + high) / 2 == pytest.approx(scores.average(right, types), abs=0.8)
+    mcnemar = scores.mcnemar
     assert mcnemar(14, 5) == pytest.approx(2 * 16_664 / 2**19)  # 2 · P(X ≤ 5), X ~ B(19, 1/2)
     assert mcnemar(0, 6) == 2 / 2**6 and mcnemar(3, 3) == mcnemar(0, 0) == 1
 
@@ -547,7 +593,7 @@ def test_intervals_and_p_values():
 ROOT = Path(__file__).parent
 SMALL = "--recap random:30% --join mean --timesteps 0:1000 --projection random --projection-steps 0 --optimizer sgd "
 SMALL += "--seed 0 --no-freeze-projection --lr 0.01 --pull 0 --states 2 "
-SMALL += "--steps 3 --batch-size 4 --micro-batch 4 --workers 0 --mmvp= --out"
+SMALL += "--steps 3 --batch-size 4 --micro-batch 4 --workers 0 --mmvp none --out"
 TORCHRUN = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node=2"
 
 
@@ -586,15 +632,9 @@ def settings(out: str | Path, flags: str = "") -> argparse.Namespace:
 
 
 def run(out: Path, flags: str = "") -> Path:
-    """A small run of the miniature in this process, into `out`; refused or stopped, it leaves nothing behind here."""
-    handlers = [signal.getsignal(number) for number in SIGNALS]
-    try:
-        train.train(settings(out, flags))
-    finally:
-        for number, handler in zip(SIGNALS, handlers):
-            signal.signal(number, handler)
-        if train.dist.is_initialized():
-            train.dist.destroy_process_group()
+    """A small run of the miniature in this process, into `out`."""
+    with joined_processes() as device:
+        train.train(settings(out, flags), device)
     return out
 
 

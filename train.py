@@ -4,9 +4,8 @@
     torchrun --nproc_per_node 8 train.py --recipe openai-vit-l-14-224 --data 'cc3m/*.tar' --mmvp MMVP/MMVP_VLM
     python train.py ...                                # the same, one process
 
-Algorithm 1, by the numbers of its lines: the loop is `algorithm_1` below (lines 1 and 6), the condition is
-`VisualCondition.forward` in condition.py (lines 2 and 3), the loss is `denoising_loss` below (lines 4 and 5). t, ε and
-the patches of each image come with its batch: `draw` below makes them. L is a mean over latent elements too.
+The lines of Algorithm 1 stand in the comments. The loop is `algorithm_1` (all six), the loss `denoising_loss` (lines 4
+and 5), the condition `VisualCondition.forward` in condition.py (lines 2 and 3).
 """
 
 from harness.errors import one_sentence
@@ -16,12 +15,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds: a mi
     with one_sentence("train.py"):
         args = parse_args()
 
-import contextlib
-import copy
-import functools
-import itertools
 import math
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,27 +23,30 @@ import torch.distributed as dist
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from condition import VisualCondition, count_patches, draw_patches, fit_projection, visual_tokens
-from data import TrainingImages, batch_keys, collate, open_images, read_batches, to_device
-from evaluate_mmvp import change, report, save_scores, similarities, verdict
+import beyond
+from condition import VisualCondition, draw_patches, parse_recap
+from data import TrainingImages, batch_keys, fingerprint, open_images, read_batches
+from evaluate_mmvp import compare, similarities
 from harness.mmvp import read_mmvp
-from harness.processes import join_processes, main_first
-from harness.recipes import RECIPES, Recap, check_join, parse_recap, parse_timesteps, recipe_of
-from harness.run import Run, plan, ways_on
-from model import Diffusion, embed_phrases, load_clip, load_diffusion
+from harness.processes import copy_to, joined_processes, main_first
+from harness.recipes import parse_timesteps
+from harness.run import Run
+from model import Clip, Diffusion, load_clip, load_diffusion
 
 
-def draw(
-    rng: np.random.Generator, shape: tuple[int, ...], timesteps: tuple[int, int], num_patches: int, recap: Recap
-) -> dict:
-    """All that Algorithm 1 draws for one image, for its N states at once. `shape` is the noise's, (N, 4, h, w)."""
-    drawn = dict(
-        timesteps=rng.integers(*timesteps, shape[0]),  # Alg. 1, line 4: t ~ U{0 … T − 1}, or a part of it, (N,)
-        noise=rng.standard_normal(shape, dtype=np.float32),  # Alg. 1, line 4: ε ~ N(0, I), (N, 4, h, w)
-    )
-    if recap.kind == "random":  # Alg. 1, line 3: each state has patches of its own, (N, K)
-        drawn["patches"] = draw_patches(num_patches, recap.count, shape[0], rng)
-    return drawn
+def image_rngs(seed: int, keys: list[tuple[int, int]]) -> list[np.random.Generator]:
+    """A generator for each image. What an image draws depends on seed, step and its place in the batch alone."""
+    return [np.random.default_rng((1, seed, step, position)) for step, position in keys]
+
+
+def draw_noise(shape: tuple[int, ...], low: int, high: int, rngs: list[np.random.Generator]) -> tuple:
+    """Algorithm 1, line 4: t ~ U{low … high − 1}, (B, N) int64, and ε ~ N(0, I), (B, N, 4, h, w) fp32.
+
+    `shape` is that of one image's noise, (N, 4, h, w). The paper draws t from the whole schedule: 0 and 1000.
+    """
+    timesteps = np.stack([rng.integers(low, high, shape[0]) for rng in rngs])
+    noise = np.stack([rng.standard_normal(shape, dtype=np.float32) for rng in rngs])
+    return torch.from_numpy(timesteps), torch.from_numpy(noise)
 
 
 def denoising_loss(
@@ -75,154 +72,109 @@ def denoising_loss(
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
-    """η at a step (0 … steps − 1): rises linearly over int(warmup · steps) steps to `peak`, then a cosine to 0."""
-    rising = int(warmup * steps)
+    """η at a step (0 … steps − 1): rises linearly in a share `warmup` of the steps, then a cosine from `peak` to 0."""
+    rising = max(1, int(warmup * steps)) if warmup else 0
     if step < rising:
-        return peak * (step + 1) / rising
+        return peak * (step + 1) / (rising + 1)
     return peak * 0.5 * (1 + math.cos(math.pi * (step - rising) / (steps - rising)))
 
 
-def algorithm_1(args, clip, diffusion: Diffusion, conditioner, optimizer, batches, run) -> None:
-    """The method: each step lowers φ's denoising loss by moving θ. `run` logs, saves, and says where to begin."""
-    parameters = optimizer.param_groups[0]["params"]
+def algorithm_1(
+    args, clip: Clip, diffusion: Diffusion, conditioner, optimizer, batches, run, steps: range, pull=None
+) -> None:
+    """The method: each step lowers φ's denoising loss by moving what the optimizer holds, θ and the linear layer.
+
+    Args:
+        conditioner: a VisualCondition, in DDP.
+        batches: of `read_batches`.
+        run: keeps the loss, logs and saves (harness/run.py), and says at which step to begin.
+        steps: all steps that share one course of the learning rate.
+        pull: not the paper's: a `beyond.Pull`.
+    """
+    parameters, peak = optimizer.param_groups[0]["params"], optimizer.defaults["lr"]
+    recap, (low, high) = parse_recap(args.recap, clip.patches), parse_timesteps(args.timesteps)
     accumulation = args.batch_size // (args.micro_batch * dist.get_world_size())  # micro-batches a step and process
-    for step in range(run.first_step, args.steps):
-        lr = set_stage(args, step, conditioner, optimizer)  # η
-        for batch in micro_batches(batches, accumulation, conditioner):
-            images = batch["images"]  # Alg. 1, line 1: x, (B, 3, S, S)
-            prepared = clip.prepare(images)  # (B, 3, s, s)
-            condition, cls = conditioner(  # Alg. 1, lines 2 and 3: V, c
-                prepared, diffusion.text, batch.get("patches")
-            )
+    for step in range(max(run.first_step, steps.start), steps.stop):
+        lr = learning_rate(step - steps.start, len(steps), peak, args.warmup)  # η
+        optimizer.param_groups[0]["lr"] = lr
+        for i in range(accumulation):
+            conditioner.require_backward_grad_sync = i == accumulation - 1  # DDP averages the gradients once a step
+            batch = next(batches)
+            images, rngs = batch["images"], image_rngs(args.seed, batch["keys"])  # Alg. 1, line 1: x, (B, 3, S, S)
             latents = diffusion.encode(images)  # z, (B, 4, S/8, S/8)
-            loss = denoising_loss(  # Alg. 1, lines 4 and 5: ℓ, L
-                diffusion, latents, condition, batch["timesteps"], batch["noise"]
-            )
-            pull = args.pull * clip.drift(cls, prepared) if args.pull else 0  # not the paper's: --pull
-            ((loss + pull) / accumulation).backward()  # through the frozen φ into θ
+            timesteps, noise = draw_noise((args.states, *latents.shape[1:]), low, high, rngs)  # Alg. 1, line 4: t, ε
+            patches = draw_patches(recap, args.states, rngs)  # each state has patches of its own, (B, N, K)
+            timesteps, noise, patches = copy_to(images.device, timesteps, noise, patches)
+            prepared = clip.prepare(images)  # (B, 3, s, s)
+            condition, cls = conditioner(prepared, diffusion.text, patches)  # Alg. 1, lines 2 and 3: V, c
+            loss = denoising_loss(diffusion, latents, condition, timesteps, noise)  # Alg. 1, lines 4 and 5: ℓ, L
+            objective = loss + pull(cls, prepared) if pull else loss  # not the paper's: --pull
+            (objective / accumulation).backward()  # through the frozen φ into θ
             run.note(loss, batch)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
-        run.log(step, grad_norm, lr)  # ends the run, before the step, if it is not finite
+        run.log(step, grad_norm, lr)  # a loss or gradient that is not finite ends the run here, before the step
         optimizer.step()  # Alg. 1, line 6: θ ← θ − η ∇L; φ never changes
         optimizer.zero_grad()
         run.save(step + 1)
 
 
-def set_stage(args, step: int, conditioner, optimizer) -> float:
-    """Sets what a step trains, and its rate, which is returned.
-
-    The first --projection-steps train the linear layer alone; then θ learns, and the layer with it unless it is frozen.
-    """
-    first = args.projection_steps
-    alone = step < first
-    tower, layer = not alone, alone or not args.freeze_projection  # whether they are trained
-    for name, parameter in conditioner.named_parameters():
-        parameter.requires_grad_(layer if "projection." in name else tower)
-    if alone:
-        lr = learning_rate(step, first, args.projection_lr, args.warmup)
-    else:
-        lr = learning_rate(step - first, args.steps - first, args.lr, args.warmup)
-    optimizer.param_groups[0]["lr"] = lr
-    return lr
-
-
-def micro_batches(batches, count: int, conditioner):
-    """The next `count` batches: one step. With the last, DDP averages the gradients over the processes."""
-    for i, batch in enumerate(itertools.islice(batches, count), start=1):
-        conditioner.require_backward_grad_sync = i == count
-        yield batch
-
-
-def build(args, device: torch.device, files) -> tuple:
-    """A Clip (θ), a Diffusion (φ), the VisualCondition that is trained, and the TrainingImages of `files`.
-
-    Raises:
-        UserError: `args` ask for what does not fit together; a recap, before weights are read.
-    """
-    if known := recipe_of(args.clip):
-        patches = RECIPES[known].patches
-    else:
-        patches = count_patches(load_clip(args.clip, random_weights=True, device="meta").model.visual)
-    recap = parse_recap(args.recap, patches)
-    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+def build(args, device: torch.device) -> tuple[Clip, Diffusion, VisualCondition]:
+    """θ, φ, and what carries θ's tokens to φ. UserError: they cannot be loaded, or do not fit together."""
     clip = load_clip(args.clip, args.random_weights, str(device))
+    recap = parse_recap(args.recap, clip.patches)
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     diffusion = load_diffusion(args.diffusion, args.text, dtype, device, args.random_weights)
-    check_join(args.join, recap, diffusion.text.shape[1])
-    conditioner = VisualCondition(clip, diffusion, recap, args.join, args.seed).to(device)
-    if args.pull:
-        clip.untouched = copy.deepcopy(clip.model.visual).requires_grad_(False)
+    torch.manual_seed(args.seed)  # of the linear layer, which starts at random
+    conditioner = VisualCondition(clip, diffusion, recap, args.join).to(device)
     if args.grad_checkpointing:
         clip.model.visual.set_grad_checkpointing()
         diffusion.unet.enable_gradient_checkpointing()
     if args.compile:
         for module in (conditioner, diffusion.vae.encoder, diffusion.unet):
             module.compile()
-    size = args.image_size or diffusion.image_size
-    shape = (args.states, *diffusion.latent_shape(size))  # of the noise, (N, 4, S/8, S/8)
-    if args.projection == "fitted":
-        images = TrainingImages(files, size, args.batch_size, args.seed)
-        tokens = class_tokens(clip, images, min(1000, len(images)), device)
-        fit_projection(conditioner.projection, *embed_phrases(clip, args.diffusion, args.text), tokens)
-    timesteps = parse_timesteps(args.timesteps, len(diffusion.alphas_cumprod))
-    draws = functools.partial(draw, shape=shape, timesteps=timesteps, num_patches=patches, recap=recap)
-    return clip, diffusion, conditioner, TrainingImages(files, size, args.batch_size, args.seed, draws)
+    return clip, diffusion, conditioner
 
 
-@torch.no_grad()
-def class_tokens(clip, images: TrainingImages, count: int, device: torch.device) -> torch.Tensor:
-    """The class tokens of the first `count` images of training, (count, D)."""
-    found, keys = [], [(0, i) for i in range(count)]
-    for start in range(0, count, 50):
-        batch = to_device(collate([images[key] for key in keys[start : start + 50]]), device)
-        found.append(visual_tokens(clip.model.visual, clip.prepare(batch["images"]))[0])
-    return torch.cat(found)
+def build_optimizer(args, conditioner: VisualCondition, parameters: list, lr: float) -> torch.optim.Optimizer:
+    """What learns is what the optimizer holds: all else of the conditioner is frozen."""
+    conditioner.requires_grad_(False)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    if args.optimizer == "adamw":  # not the paper's
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=0)
+    return torch.optim.SGD(parameters, lr=lr, momentum=args.momentum)
 
 
-def build_optimizer(args, conditioner) -> torch.optim.Optimizer:
-    """Of CLIP's vision tower and the linear layer, and of nothing else."""
-    conditioner.projection.requires_grad_(args.projection_steps > 0 or not args.freeze_projection)
-    parameters = [p for p in conditioner.parameters() if p.requires_grad]
-    if args.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0)
-    return torch.optim.SGD(parameters, lr=args.lr, momentum=args.momentum)
-
-
-def train(args) -> None:
+def train(args, device: torch.device) -> None:
     """One run, from the models and the images to OUT/clip and, with --mmvp, its scores before and after."""
-    device, out = join_processes(), Path(args.out)
     args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
-    with main_first() as main:
+    with main_first() as main:  # the others find what it has indexed
         files = open_images(args.data, progress=main)
         pairs = read_mmvp(args.mmvp) if args.mmvp else []
-        run = Run(args, images=len(files or ()))
-    if run.finished and main:
-        print(run.finished_line())
-    if not run.finished:
-        clip, diffusion, conditioner, dataset = build(args, device, files)
-        optimizer = build_optimizer(args, conditioner)
-        if main:
-            print(plan(args, run.first_step, clip, conditioner, dataset, device), flush=True)
-        before = similarities(clip, pairs, device) if main and pairs else None
-        run.start(clip, conditioner, optimizer)
-        rank, processes = dist.get_rank(), dist.get_world_size()
-        keys = batch_keys(run.first_step, args.steps, args.batch_size, args.micro_batch, rank, processes)
-        batches = read_batches(dataset, keys, args.workers, device)
-        staged = args.projection_steps > 0  # then a part of the parameters has no gradient
-        ddp = DistributedDataParallel(conditioner, gradient_as_bucket_view=True, find_unused_parameters=staged)
-        with contextlib.closing(run):
-            algorithm_1(args, clip, diffusion, ddp, optimizer, batches, run)
-        if main and pairs:
-            names, cosines = [f"{args.clip}, before", f"{out}/clip"], [before, similarities(clip, pairs, device)]
-            recipe = None if args.random_weights else recipe_of(args.clip)  # whose published scores stand beside ours
-            print(f"\n{report(names, cosines, pairs, [recipe, None])}\n")
-            save_scores(out / "mmvp", names, cosines, pairs)
-            print(verdict(change(*cosines, pairs), len(pairs)))
-        if main:
-            print(ways_on(args, clip))
-    dist.barrier()
-    dist.destroy_process_group()
+    run = Run(args, fingerprint(files))
+    if run.finished:
+        return
+    clip, diffusion, conditioner = build(args, device)
+    images = TrainingImages(files, diffusion.image_size(args.image_size), args.batch_size, args.seed)
+    if args.projection == "fitted":
+        beyond.fit_projection(args, clip, conditioner, images)
+    pull = beyond.Pull(clip, args.pull) if args.pull else None
+    rank, processes = dist.get_rank(), dist.get_world_size()
+    keys = batch_keys(run.first_step, args.steps, args.batch_size, args.micro_batch, rank, processes)
+    batches = read_batches(images, keys, args.workers, device)
+    with run.started(clip, diffusion, conditioner, images):
+        before = similarities(clip, pairs, device) if run.main and pairs else None
+        for parameters, steps, peak in beyond.stages(args, conditioner):  # the paper has one: all, all, --lr
+            optimizer = build_optimizer(args, conditioner, parameters, peak)
+            run.restore(optimizer, steps)
+            ddp = DistributedDataParallel(conditioner, gradient_as_bucket_view=True)
+            algorithm_1(args, clip, diffusion, ddp, optimizer, batches, run, steps, pull)
+    if run.main and pairs:
+        cosines = [before, similarities(clip, pairs, device)]
+        print(compare([args.clip, f"{args.out}/clip"], cosines, pairs, f"{args.out}/mmvp"))
+    run.end()
 
 
 if __name__ == "__main__":
-    with one_sentence("train.py", less_memory(args)):
-        train(args)
+    with one_sentence("train.py", less_memory(args)), joined_processes() as device:
+        train(args, device)

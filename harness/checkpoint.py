@@ -40,31 +40,32 @@ def read_state(folder: str | os.PathLike) -> dict | None:
         return None
     try:
         state = json.loads((folder / "state.json").read_text())
-        counts = [state["step"], state["unreadable"], state["images"]]
-        if not isinstance(state["args"], dict) or not all(type(n) is int and n >= 0 for n in counts):
+        kinds = dict(step=int, unreadable=int, images=str, settings=dict, code=list)
+        whole = all(type(state[key]) is kind for key, kind in kinds.items())
+        if not whole or min(state["step"], state["unreadable"]) < 0 or type(state["code"][-1]) is not dict:
             raise ValueError("not what a run writes")
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise UserError(f"{folder}/state.json: cannot be read ({brief(error)}); remove the run to start anew") from None
     return state
 
 
-def load_checkpoint(folder: str | os.PathLike, module: torch.nn.Module, optimizer) -> None:
-    """Reads the tensors that `save_checkpoint` wrote into `module` and `optimizer`.
+def load_checkpoint(folder: str | os.PathLike, module: torch.nn.Module, optimizer=None) -> None:
+    """Reads the tensors that `save_checkpoint` wrote into `module` and, if it is given, `optimizer`.
 
     Raises:
         UserError: they cannot be read, or are another model's.
     """
     folder = whole_checkpoint(folder)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     try:
-        weights, buffers = load_file(folder / "weights.safetensors"), load_file(folder / "optimizer.safetensors")
-        saved = optimizer.state_dict()
-        for name, value in buffers.items():
-            key, i = name.rsplit(".", 1)
-            if value.ndim and value.shape != parameters[int(i)].shape:
-                raise ValueError("the optimizer's state is another model's")
-            saved["state"].setdefault(int(i), {})[key] = value
-        module.load_state_dict(weights)
-        optimizer.load_state_dict(saved)
+        module.load_state_dict(load_file(folder / "weights.safetensors"))
+        if optimizer:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            saved = optimizer.state_dict()
+            for name, value in load_file(folder / "optimizer.safetensors").items():
+                key, i = name.rsplit(".", 1)
+                if value.ndim and value.shape != parameters[int(i)].shape:
+                    raise ValueError("the optimizer's state is another model's")
+                saved["state"].setdefault(int(i), {})[key] = value
+            optimizer.load_state_dict(saved)
     except Exception as error:  # safetensors and torch raise their own
         raise UserError(f"{folder}: cannot be read ({brief(error)}); remove the run to start anew") from None

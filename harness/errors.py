@@ -29,6 +29,12 @@ def fail(message: str) -> None:
     raise UserError(f"{message}; --help lists the options")
 
 
+def say(sentence: str) -> None:
+    """Tells the user, on stderr and once for all processes, what a run does otherwise than it was told."""
+    if os.environ.get("RANK", "0") == "0":
+        print(sentence, file=sys.stderr, flush=True)
+
+
 def brief(error: Exception) -> str:
     """An exception's message in one line of at most 400 characters: libraries write paragraphs."""
     message = " ".join(str(error).split())
@@ -44,6 +50,9 @@ def one_sentence(command: str, less_memory: str = "close other programs"):
     Exit code 2; 128 and its number for a signal; 1 where another process has died. A bug keeps its traceback.
     `less_memory` says what to do where there is not enough memory.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show θ ends no run
     try:
         yield
     except (UserError, OSError, RuntimeError, MemoryError, KeyboardInterrupt) as error:

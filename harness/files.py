@@ -1,6 +1,7 @@
 """Files and folders that have their name only once they are whole."""
 
 import contextlib
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -24,7 +25,8 @@ def replaced_folder(folder: str | os.PathLike):
         new.mkdir(parents=True)
         yield new
         for path in new.iterdir():
-            path.chmod(new.stat().st_mode & 0o666)  # safetensors' files are for their owner alone
+            with contextlib.suppress(OSError):  # not every disk knows rights
+                path.chmod(new.stat().st_mode & 0o666)  # safetensors' files are for their owner alone
         for path in (*new.iterdir(), new):
             synchronise(path)
         if replaced := folder.exists():
@@ -52,12 +54,31 @@ def write_whole(path: Path, content: str) -> None:
 
 
 def synchronise(path: Path) -> None:
-    """Waits until a file, or a folder's list of names, is on the disk."""
+    """Waits until a file, or a folder's list of names, is on the disk, where the disk can tell."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):  # as for folders on some network disks
+            raise
     finally:
         os.close(handle)
+
+
+def check_renames(folder: Path) -> None:
+    """UserError unless folders in `folder` can be renamed: without that nothing could be saved."""
+    new, old = folder / "trial.new", folder / "trial"
+    try:
+        for path in (new, old):
+            shutil.rmtree(path, ignore_errors=True)
+        new.mkdir()
+        new.rename(old)
+        old.rmdir()
+    except OSError as error:
+        shutil.rmtree(new, ignore_errors=True)
+        raise UserError(
+            f"--out {folder}: its disk cannot rename folders ({brief(error)}), so no run can be kept"
+        ) from None
 
 
 def check_writable(folder: str, option: str) -> None:

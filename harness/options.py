@@ -6,30 +6,111 @@ import argparse
 import os
 import re
 from dataclasses import asdict
+from functools import partial
 
-from harness.errors import UserError, fail
+from harness.errors import UserError, fail, say
 from harness.files import check_writable
-from harness.recipes import RECIPES, Recipe, check_diffusion, check_join, locate_clip, parse_recap
-from harness.recipes import parse_timesteps, recipe_of
+from harness.recipes import RECIPES, Recipe, check_diffusion, locate_clip, parse_timesteps
 
-PROCESSES = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1  # torchrun says how many there are
+# what may change when a run goes on, and is not part of the folder's name
+MAY_CHANGE_ON_RESUME = {
+    "micro_batch", "compile", "grad_checkpointing", "save_every", "keep_every", "mmvp", "out", "workers",
+    "changed_code",
+}  # fmt: skip
 EXAMPLES = """
 examples:
-  torchrun train.py                              the miniature: all of it, in four minutes on a CPU
+  torchrun train.py                              the miniature: all of it, in five minutes on a CPU
   torchrun --nproc_per_node 8 train.py --recipe openai-vit-l-14-224 --data 'cc3m/*.tar' --mmvp MMVP/MMVP_VLM
   python train.py --recipe openai-vit-l-14-224 --data photos --clip ViT-B-16:openai --recap random:30% --join mean
 
 The same command again goes on where a run has stopped. Recipes, and the CLIP of each:
 
 """
-# what may change when a run goes on, and is not part of the folder's name
-FREE = {"micro_batch", "compile", "grad_checkpointing", "save_every", "mmvp", "out", "workers"}
-LIMITS = {  # the least and the most that an option can be
-    "states": (1, 1000), "image_size": (1, 4096), "steps": (1, 10**9), "batch_size": (1, 10**6),
-    "micro_batch": (1, 10**6), "save_every": (1, 10**9), "projection_steps": (0, 10**9), "projection_lr": (0, 1000),
-    "lr": (0, 1000), "momentum": (0, 1), "warmup": (0, 1), "max_grad_norm": (0, 10**6), "pull": (0, 10**6),
-    "seed": (0, 2**63 - 1), "workers": (0, 1000),
-}  # fmt: skip
+
+
+def number(kind: type, low: float, high: float, text: str):
+    """An argument's value, a whole number or not (`kind` int or float), from `low` to `high`."""
+    try:
+        value = kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number") from None
+    if not low <= value <= high:
+        raise argparse.ArgumentTypeError(f"{text}: must be from {low} to {high}")
+    return value
+
+
+def make_parser(recipe: str) -> argparse.ArgumentParser:
+    """All options; the defaults are the recipe's."""
+    row = RECIPES[recipe]
+    count, factor = partial(number, int, 1, 10**9), partial(number, float, 0, 10**6)
+    switch = argparse.BooleanOptionalAction
+    parser = argparse.ArgumentParser(
+        usage="train.py [--recipe NAME] [--data PATH ...] [--mmvp PATH] [--out DIR] [options]",
+        description="Post-train a CLIP with the feedback of a frozen diffusion model, on images only.",
+        epilog=EXAMPLES + "\n".join(f"  {name:23} {row.clip}" for name, row in RECIPES.items()),
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32),
+        allow_abbrev=False,
+    )
+    parser.error = fail
+    add = parser.add_argument_group("the run").add_argument
+    add("--recipe", default=recipe, metavar="NAME", help="the row of the table to start from (%(default)s)")
+    data = f"a folder of images, shards or globs of them, or `synthetic` ({' '.join(row.data or ['no default'])})"
+    add("--data", nargs="+", metavar="PATH", help=data)
+    mmvp = "score before and after on MMVP-VLM: a folder, the hub's MMVP/MMVP_VLM, or none (%(default)s)"
+    add("--mmvp", metavar="PATH", help=mmvp)
+    add("--out", metavar="DIR", help=f"where all is written; if not given, runs/{recipe} and what differs from it")
+    add = parser.add_argument_group("the method").add_argument
+    clip = "a recipe, ARCH:TAG of open_clip, hf-hub:OWNER/NAME or a folder; CLIP@WEIGHTS too (%(default)s)"
+    add("--clip", metavar="NAME", help=clip)
+    diffusion = "Stable Diffusion 1.x or 2.x, diffusers' layout: hub name or folder (%(default)s)"
+    add("--diffusion", metavar="NAME", help=diffusion)
+    add("--recap", metavar="SPEC", help="random:COUNT, random:SHARE%%, pool:WINDOW, all or none (%(default)s)")
+    join = "how the text's embedding is added: by position, or its mean (%(default)s)"
+    add("--join", choices=("positions", "mean"), help=join)
+    add("--text", help="the text beside the visual tokens; if not given, empty")
+    states = partial(number, int, 1, 1000)
+    add("--states", type=states, metavar="N", help="N, the noisy states per image (%(default)s)")
+    side = partial(number, int, 1, 4096)
+    add("--image-size", type=side, metavar="N", help="side of φ's images in pixels; if not given, its own")
+    add = parser.add_argument_group("beyond the paper (beyond.py)").add_argument
+    add("--timesteps", metavar="LOW:HIGH", help="t is drawn from LOW to HIGH - 1 (%(default)s)")
+    start = "where the linear layer starts: at random, or fitted to texts (%(default)s)"
+    add("--projection", choices=("random", "fitted"), help=start)
+    first = "the first steps train the linear layer alone (%(default)s)"
+    add("--projection-steps", type=partial(number, int, 0, 10**9), metavar="N", help=first)
+    add("--projection-lr", type=factor, metavar="X", help="their peak learning rate (%(default)s)")
+    frozen = "after them the linear layer stays as it is (%(default)s)"
+    add("--freeze-projection", action=switch, help=frozen)
+    add("--optimizer", choices=("sgd", "adamw"), help="the paper's SGD, or AdamW (%(default)s)")
+    add("--pull", type=factor, metavar="X", help="how strongly CLIP is held near to the untouched one (%(default)s)")
+    add = parser.add_argument_group("training").add_argument
+    add("--steps", type=count, metavar="N", help="optimizer steps (%(default)s)")
+    add("--batch-size", type=count, metavar="N", help="images per step, over all processes (%(default)s)")
+    micro = "at most so many images per process at once; the rest is accumulated (%(default)s)"
+    add("--micro-batch", type=count, metavar="N", help=micro)
+    add("--lr", type=factor, metavar="X", help="peak learning rate (%(default)s)")
+    share = partial(number, float, 0, 1)
+    add("--momentum", type=share, metavar="X", help="of SGD (%(default)s)")
+    warmup = "share of the steps in which the rate rises; a cosine to 0 follows (%(default)s)"
+    add("--warmup", type=share, metavar="X", help=warmup)
+    clipped = "gradients are clipped to this norm; 0: they are not (%(default)s)"
+    add("--max-grad-norm", type=factor, metavar="X", help=clipped)
+    add("--seed", type=partial(number, int, 0, 2**63 - 1), metavar="N", help="of every random draw (%(default)s)")
+    add = parser.add_argument_group("the machine").add_argument
+    precision = "of the computation; if not given, bf16 on CUDA, else fp32"
+    add("--precision", choices=("bf16", "fp32"), help=precision)
+    workers = partial(number, int, 0, 1000)
+    add("--workers", type=workers, metavar="N", help="batches read ahead, each by a thread; if not given, up to 8")
+    add("--save-every", type=count, metavar="N", help="steps between two saves (%(default)s)")
+    kept = "steps between two CLIPs that are kept as OUT/clip-000100 …; 0: none (%(default)s)"
+    add("--keep-every", type=partial(number, int, 0, 10**9), metavar="N", help=kept)
+    add("--compile", action="store_true", help="compile CLIP, the VAE and the U-Net: minutes at the start")
+    memory = "compute activations again in the backward pass: less memory"
+    add("--grad-checkpointing", action="store_true", help=memory)
+    add("--random-weights", action="store_true", help="no download: untrained architectures, a random text embedding")
+    add("--changed-code", action="store_true", help="go on in a run although the code has changed since")
+    parser.set_defaults(**{key: value for key, value in asdict(row).items() if key not in ("published", "released")})
+    return parser
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -38,91 +119,55 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     Raises:
         UserError: what the arguments alone show to be wrong.
     """
-    start = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # read first: the recipe gives the defaults
-    start.error = fail
-    start.add_argument("--recipe", help="the row of the table to start from", default="miniature", metavar="NAME")
-    name = start.parse_known_args(argv)[0].recipe
-    if name not in RECIPES:
-        raise UserError(f"--recipe {name}: no such recipe; there are {', '.join(RECIPES)}")
-    defaults = dict(recipe=name) | asdict(RECIPES[name])
-    defaults = {key: value for key, value in defaults.items() if key not in ("patches", "published")}
-
-    parser = argparse.ArgumentParser(
-        usage="train.py [--recipe NAME] [--data PATH ...] [--mmvp PATH] [--out DIR] [options]",
-        description="Post-train a CLIP with the feedback of a frozen diffusion model, on images only.",
-        epilog=EXAMPLES + "\n".join(f"  {name:23} {row.clip}" for name, row in RECIPES.items()),
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32),
-        parents=[start],
-        allow_abbrev=False,
-    )
-    parser.error = fail
-
-    def group(title: str):
-        add_argument = parser.add_argument_group(title).add_argument
-
-        def add(flag: str, help: str, **more) -> None:
-            default = defaults.get(flag[2:].replace("-", "_"))
-            if default not in (None, "") and default is not False:
-                help += " (default: " + (" ".join(default) if flag == "--data" else f"{default}") + ")"
-            add_argument(flag, help=help.replace("%", "%%"), **more)
-
-        return add
-
-    add = group("the run")
-    add("--data", "a folder of images, shards or globs of them, or `synthetic`", nargs="+", metavar="PATH")
-    add("--mmvp", "score before and after on MMVP-VLM: a folder, or the hub's MMVP/MMVP_VLM", metavar="PATH")
-    add("--out", f"where everything is written; if not given, runs/{name} and what differs from it", metavar="DIR")
-    add = group("the method")
-    add("--clip", "a recipe, ARCH:TAG of open_clip, hf-hub:OWNER/NAME or a folder; CLIP@WEIGHTS too", metavar="NAME")
-    add("--diffusion", "Stable Diffusion 1.x or 2.x, diffusers' layout: hub name or folder", metavar="NAME")
-    add("--recap", "random:COUNT, random:SHARE%, pool:WINDOW, all or none", metavar="SPEC")
-    add("--join", "how the text's embedding is added: by position, or its mean", choices=("positions", "mean"))
-    add("--text", "the text beside the visual tokens; if not given, empty")
-    add("--states", "N, the noisy states per image", type=int, metavar="N")
-    add("--image-size", "side of the diffusion model's images in pixels; if not given, its own", type=int, metavar="N")
-    add("--timesteps", "t is drawn from LOW to HIGH - 1", metavar="LOW:HIGH")
-    add("--projection", "where the linear layer starts: at random, or fitted", choices=("random", "fitted"))
-    add("--projection-steps", "the first steps train the linear layer alone, CLIP frozen", type=int, metavar="N")
-    add("--freeze-projection", "after --projection-steps, train the tower alone", action=argparse.BooleanOptionalAction)
-    add("--pull", "weight of the class token's mean square distance to the untouched CLIP's", type=float, metavar="X")
-    add = group("training")
-    add("--steps", "optimizer steps", type=int, metavar="N")
-    add("--batch-size", "images per step, over all processes", type=int, metavar="N")
-    add("--micro-batch", "at most so many images per process at once; the rest is accumulated", type=int, metavar="N")
-    add("--lr", "peak learning rate", type=float, metavar="X")
-    add("--projection-lr", "the same, of the first --projection-steps", type=float, metavar="X")
-    add("--optimizer", "the paper's SGD, or AdamW without weight decay", choices=("sgd", "adamw"))
-    add("--momentum", "of SGD", type=float, metavar="X")
-    add("--warmup", "share of the steps in which the rate rises; a cosine to 0 follows", type=float, metavar="X")
-    add("--max-grad-norm", "gradients are clipped to this norm; 0: they are not", type=float, metavar="X")
-    add("--seed", "of every random draw", type=int, metavar="N")
-    add = group("the machine")
-    add("--precision", "of the computation; if not given, bf16 on CUDA, else fp32", choices=("bf16", "fp32"))
-    add("--workers", "processes that read images; if not given, up to 8", type=int, metavar="N")
-    add("--save-every", "steps between two saves", type=int, metavar="N")
-    add("--compile", "compile CLIP, the VAE and the U-Net: minutes at the start", action="store_true")
-    add("--grad-checkpointing", "compute activations again in the backward pass: less memory", action="store_true")
-    add("--random-weights", "no download: untrained architectures, a random text embedding", action="store_true")
-    parser.set_defaults(**defaults)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.error = fail
+    first.add_argument("--recipe", default="miniature")
+    recipe = first.parse_known_args(argv)[0].recipe
+    if recipe not in RECIPES:
+        raise UserError(f"--recipe {recipe}: no such recipe; there are {', '.join(RECIPES)}")
+    parser = make_parser(recipe)
     args = parser.parse_args(argv)
-    check_args(args)
-    if args.random_weights:
-        args.projection = "random"  # a text encoder that has not learnt has nothing to be fitted to
-    args.micro_batch = largest_divisor(args.batch_size // PROCESSES, args.micro_batch)
+    if args.mmvp == "none":
+        args.mmvp = None
+    processes = count_processes()
+    check_args(args, processes)
+    if args.random_weights and args.projection == "fitted":
+        say("--random-weights: the linear layer starts at random too, as no text encoder has learnt anything")
+        args.projection = "random"
+    share = args.batch_size // processes
+    micro_batch = largest_divisor(share, args.micro_batch)
+    if micro_batch < min(share, args.micro_batch):
+        say(
+            f"--micro-batch {args.micro_batch}: does not divide the {share} images of a process, so it is {micro_batch}"
+        )
+    args.micro_batch = micro_batch
     if args.workers is None:
         cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         args.workers = min(8, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if args.out is None:
-        args.out = f"runs/{name}" + "".join(changed_settings(args, defaults))
+        args.out = f"runs/{recipe}" + "".join(changed_settings(args, parser))
     check_writable(args.out, "--out")
     return args
 
 
-def changed_settings(args: argparse.Namespace, defaults: dict) -> list[str]:
+def count_processes() -> int:
+    """How many processes train together: torchrun says it. UserError: they were started in another way."""
+    if "RANK" in os.environ:
+        missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if missing:
+            raise UserError(f"RANK is set, but {', '.join(missing)} not: start with torchrun, or unset RANK")
+        return int(os.environ["WORLD_SIZE"])
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1"))
+    if tasks != "1":
+        raise UserError(f"SLURM runs {tasks} tasks, and each would train alone into one folder: start torchrun in one")
+    return 1
+
+
+def changed_settings(args: argparse.Namespace, parser: argparse.ArgumentParser) -> list[str]:
     """What a run changes in its recipe, as parts of a folder's name: `-lr-0.02`."""
     parts = []
     for key, value in vars(args).items():
-        if key in FREE or value is None or value == defaults.get(key, False):
+        if key in MAY_CHANGE_ON_RESUME or value is None or value == parser.get_default(key):
             continue
         flag = key.replace("_", "-")
         if isinstance(value, bool):
@@ -133,19 +178,17 @@ def changed_settings(args: argparse.Namespace, defaults: dict) -> list[str]:
     return parts
 
 
-def check_args(args: argparse.Namespace) -> None:
+def check_args(args: argparse.Namespace, processes: int) -> None:
     """UserError for what the arguments alone show to be wrong."""
-    for name, (low, high) in LIMITS.items():
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be from {low} to {high}")
     if not args.text.isprintable():  # as bytes that are no UTF-8
         raise UserError(f"--text {args.text!r}: is not a line of text in UTF-8")
     if args.data is None:
         raise UserError("--data is needed: a folder of images, shards ('cc3m/*.tar'), or `synthetic`")
     for path in args.data:
-        if path != "synthetic" and not any(c in path for c in "*?[") and not os.path.exists(path):
+        if path != "synthetic" and not any(c in path for c in "*?[{") and not os.path.exists(path):
             raise UserError(f"--data {path}: no such file or folder")
+    if args.data == ["synthetic"] and args.projection == "fitted" and not args.random_weights:
+        raise UserError("--data synthetic: the linear layer would be fitted to noise; use --projection random")
     if args.projection_steps > args.steps:
         raise UserError(f"--projection-steps {args.projection_steps}: are a part of the {args.steps} --steps")
     parse_timesteps(args.timesteps)
@@ -153,15 +196,10 @@ def check_args(args: argparse.Namespace) -> None:
     check_diffusion(args.diffusion)
     if args.random_weights and not os.path.isdir(args.diffusion) and args.diffusion != Recipe.diffusion:
         raise UserError(f"--random-weights: builds {Recipe.diffusion} or the architecture of a folder")
-    known = recipe_of(args.clip)
-    recap = parse_recap(args.recap, RECIPES[known].patches if known else 10**9)  # how many there are shows when loaded
-    if not os.path.isdir(args.diffusion):  # every Stable Diffusion 1.x and 2.x reads 77 positions of text
-        if known:
-            check_join(args.join, recap, 77)
-        if args.image_size and args.image_size % 8:  # and has latents of an eighth
-            raise UserError(f"--image-size {args.image_size}: must be a multiple of 8")
-    if args.batch_size % PROCESSES:
-        raise UserError(f"--batch-size {args.batch_size}: cannot be shared by {PROCESSES} processes; use a multiple")
+    if not os.path.isdir(args.diffusion) and args.image_size and args.image_size % 8:
+        raise UserError(f"--image-size {args.image_size}: must be a multiple of 8")
+    if args.batch_size % processes:
+        raise UserError(f"--batch-size {args.batch_size}: cannot be shared by {processes} processes; use a multiple")
 
 
 def largest_divisor(number: int, most: int) -> int:

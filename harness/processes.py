@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import os
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -11,8 +12,9 @@ from torch.distributed.rendezvous import rendezvous
 from harness.errors import UserError
 
 
-def join_processes() -> torch.device:
-    """Joins torchrun's process group, or creates a group of one; returns this process's device.
+@contextlib.contextmanager
+def joined_processes() -> Iterator[torch.device]:
+    """Joins torchrun's process group, or makes a group of one, for the block; yields this process's device.
 
     Raises:
         UserError: there are more processes than GPUs on this node.
@@ -32,12 +34,22 @@ def join_processes() -> torch.device:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # what is on the CPU waits for no GPU
     hour = datetime.timedelta(hours=1)
     dist.init_process_group(backend, store=store, rank=rank, world_size=processes, timeout=hour)
-    return device
+    failed = True
+    try:
+        yield device
+        dist.barrier()
+        failed = False
+    finally:
+        if processes == 1 or not failed:  # a notebook can go on after a mistake; others might wait here for ever
+            dist.destroy_process_group()
 
 
 @contextlib.contextmanager
-def main_first():
-    """The main process goes through the block before the others: they find what it has checked and indexed."""
+def main_first() -> Iterator[bool]:
+    """The main process goes through the block before the others, which find what it has checked and indexed.
+
+    Yields whether this is the main process.
+    """
     main = dist.get_rank() == 0
     if not main:
         dist.barrier()
@@ -51,3 +63,9 @@ def everyone(mine) -> list:
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, mine)
     return values
+
+
+def copy_to(device: torch.device, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """Copies on `device`, made without waiting for it; None stays None."""
+    pinned = [t.pin_memory() if device.type == "cuda" and t is not None else t for t in tensors]
+    return [t if t is None else t.to(device, non_blocking=True) for t in pinned]

@@ -1,6 +1,6 @@
 """The recipes: what the paper does for each CLIP (arXiv 2407.20171, section 3.3, section 4.1, Table 1).
 
-Also what can be read from the name of a recap, a CLIP or a diffusion model. No torch: a mistake is answered at once.
+No torch: a mistake is answered at once.
 """
 
 from __future__ import annotations
@@ -22,52 +22,60 @@ class Recipe:
     """One row of the table: every setting of a run. The defaults are the paper's, shared by all its rows."""
 
     clip: str  # ARCH:TAG of open_clip, hf-hub:OWNER/NAME, or a folder
-    recap: str  # which local tokens join the class token: see `parse_recap`
+    recap: str  # which local tokens join the class token: see `condition.parse_recap`
     join: str  # how the text joins: "positions" (added position by position) or "mean" (its mean, to every token)
-    patches: int  # local tokens of this CLIP
     published: tuple[float, float] | None = None  # MMVP-VLM before and after, in percent (paper, Table 1)
+    released: str = "cls"  # the embedding that DIVA's released evaluation scores: see `evaluate_mmvp.embed_released`
     data: list[str] | None = None
     mmvp: str | None = None
     diffusion: str = SD21
     text: str = ""
     image_size: int | None = None  # the diffusion model's own
     states: int = 2  # N, the noisy states drawn per image
-    timesteps: str = "0:1000"  # from where t is drawn: see `parse_timesteps`
     steps: int = 4600
     batch_size: int = 640
     micro_batch: int = 16
     lr: float = 1e-4
     momentum: float = 0.9
     warmup: float = 0.005
-    optimizer: str = "sgd"
     max_grad_norm: float = 1.0
-    projection: str = "random"  # where the linear layer starts: "random", or "fitted" (`condition.fit_projection`)
+    save_every: int = 100
+    keep_every: int = 0  # no CLIP is kept but the last one
+    seed: int = 0
+    # Beyond the paper (beyond.py); here as in the paper.
+    timesteps: str = "0:1000"  # t is drawn from LOW to HIGH - 1
+    optimizer: str = "sgd"  # or "adamw"
+    projection: str = "random"  # where the linear layer starts, or "fitted"
     projection_steps: int = 0  # the first steps, which train the linear layer alone
     projection_lr: float = 1e-3  # their peak learning rate
     freeze_projection: bool = False  # after them
-    pull: float = 0.0  # of the class token toward the untouched CLIP's, a weight on the mean square distance
-    save_every: int = 100
-    seed: int = 0
+    pull: float = 0.0  # toward the untouched CLIP
 
 
 RECIPES = {
-    "miniature": Recipe(  # not the paper's settings: what miniature/README.md found to work in minutes
-        f"{MINIATURE}/clip", "none", "positions", 64, data=[f"{MINIATURE}/images.tar"], mmvp=f"{MINIATURE}/mmvp",
-        diffusion=f"{MINIATURE}/diffusion", timesteps="500:1000", steps=300, batch_size=64, micro_batch=64,
-        optimizer="adamw", lr=6e-4, warmup=0.03, projection="fitted", freeze_projection=True, pull=0.05, seed=1,
+    "miniature": Recipe(  # the paper's method, but for the last line: see beyond.py and miniature/README.md
+        f"{MINIATURE}/clip", "random:30%", "mean", released="random:19", data=[f"{MINIATURE}/images.tar"],
+        mmvp=f"{MINIATURE}/mmvp", diffusion=f"{MINIATURE}/diffusion", steps=900, batch_size=32, micro_batch=32, lr=1e-3,
+        warmup=0.03, seed=1,
+        timesteps="500:1000", optimizer="adamw", projection="fitted", freeze_projection=True, pull=0.03,
     ),
-    "openai-vit-l-14-224": Recipe("ViT-L-14-quickgelu:openai", "random:76", "positions", 256, (19.3, 25.9)),
-    "openai-vit-l-14-336": Recipe("ViT-L-14-336-quickgelu:openai", "random:76", "positions", 576, (20.0, 25.2)),
-    "metaclip-vit-l-14-224": Recipe("ViT-L-14-quickgelu:metaclip_fullcc", "all", "mean", 256, (23.7, 27.4)),
-    "metaclip-vit-h-14-224": Recipe("ViT-H-14-quickgelu:metaclip_fullcc", "all", "mean", 256, (25.2, 31.9)),
-    "siglip-so400m-14-224": Recipe("ViT-SO400M-14-SigLIP:webli", "pool:6", "mean", 256, (37.8, 40.7)),
-    "siglip-so400m-14-384": Recipe("ViT-SO400M-14-SigLIP-384:webli", "pool:10", "mean", 729, (37.0, 38.5)),
-    "dfn-vit-h-14-224": Recipe("ViT-H-14-quickgelu:dfn5b", "all", "mean", 256, (39.3, 43.7)),
-    "dfn-vit-h-14-378": Recipe("ViT-H-14-378-quickgelu:dfn5b", "random:50%", "mean", 729, (34.8, 37.8)),
+    "miniature-paper": Recipe(  # the same world in the paper's way; the rates' sum is that of its 4,600 steps of 1e-4
+        f"{MINIATURE}/clip", "random:30%", "mean", released="random:19", data=[f"{MINIATURE}/images.tar"],
+        mmvp=f"{MINIATURE}/mmvp", diffusion=f"{MINIATURE}/diffusion", steps=900, batch_size=32, micro_batch=32,
+        lr=5.1e-4, seed=1,
+    ),
+    "openai-vit-l-14-224": Recipe("ViT-L-14-quickgelu:openai", "random:76", "positions", (19.3, 25.9), "random:76"),
+    "openai-vit-l-14-336": Recipe("ViT-L-14-336-quickgelu:openai", "random:76", "positions", (20.0, 25.2), "random:76"),
+    "metaclip-vit-l-14-224": Recipe("ViT-L-14-quickgelu:metaclip_fullcc", "all", "mean", (23.7, 27.4), "cls+local"),
+    "metaclip-vit-h-14-224": Recipe("ViT-H-14-quickgelu:metaclip_fullcc", "all", "mean", (25.2, 31.9), "cls+local"),
+    "siglip-so400m-14-224": Recipe("ViT-SO400M-14-SigLIP:webli", "pool:6", "mean", (37.8, 40.7)),
+    "siglip-so400m-14-384": Recipe("ViT-SO400M-14-SigLIP-384:webli", "pool:10", "mean", (37.0, 38.5)),
+    "dfn-vit-h-14-224": Recipe("ViT-H-14-quickgelu:dfn5b", "all", "mean", (39.3, 43.7)),
+    "dfn-vit-h-14-378": Recipe("ViT-H-14-378-quickgelu:dfn5b", "random:50%", "mean", (34.8, 37.8), "sum"),
     # Not the paper's: the class token alone, and the linear layer first, as in GenHancer and DCR. AdamW and its rates
     # are GenHancer's, the noise is what served the miniature. It has not been tried at full size.
     "two-stage-openai-vit-l-14-224": Recipe(
-        "ViT-L-14-quickgelu:openai", "none", "positions", 256, steps=5600, projection_steps=1000, projection_lr=1e-4,
+        "ViT-L-14-quickgelu:openai", "none", "mean", steps=5600, projection_steps=1000, projection_lr=1e-4,
         freeze_projection=True, timesteps="500:1000", optimizer="adamw", lr=1e-5,
     ),
 }  # fmt: skip
@@ -86,35 +94,25 @@ BASELINES = {  # the untouched CLIPs on MMVP-VLM by type, as published, in perce
 }
 
 
-@dataclass(frozen=True)
-class Recap:
-    """Visual dense recap (section 3.3): the local tokens that join the class token."""
-
-    kind: str  # "random", "pool", "all" or "none"
-    count: int  # how many local tokens join
-    window: int = 1  # of "pool": patches in a row of which each token is the mean
-
-
-def parse_recap(spec: str, patches: int) -> Recap:
-    """Reads a recap as written on the command line, for a CLIP of `patches` local tokens.
-
-    `random:76` or `random:50%` of the patches, `pool:6` (windows of 6), `all`, `none`. Percentages floor; a last
-    incomplete window is dropped.
-
-    Raises:
-        UserError: it cannot be read, or asks for no patch or for more than there are.
-    """
-    if spec in ("all", "none"):
-        return Recap(spec, patches if spec == "all" else 0)
-    match = re.fullmatch(r"(random|pool):([0-9]{1,9})(%?)", spec)
-    if not match or match[1] + match[3] == "pool%":
-        raise UserError(f"--recap {spec!r}: must be random:COUNT, random:SHARE%, pool:WINDOW, all or none")
-    kind, number = match[1], int(match[2])
-    if match[3]:
-        number = number * patches // 100
-    if not 1 <= number <= patches:
-        raise UserError(f"--recap {spec!r}: asks for {number} patches, and this CLIP has 1 to {patches} to give")
-    return Recap(kind, number) if kind == "random" else Recap(kind, patches // number, number)
+def beyond_the_paper(settings: dict) -> list[str]:
+    """What the settings of a run do that the paper does not, in words; nothing for the paper's recipes."""
+    words, layer = [], []
+    if settings["projection"] == "fitted":
+        layer.append("fitted to texts at its start")
+    if settings["projection_steps"]:
+        layer.append(f"trained alone for {settings['projection_steps']} steps first")
+    if settings["freeze_projection"]:
+        layer.append("frozen while CLIP learns")
+    if layer:
+        words.append(f"the linear layer is {', '.join(layer)}")
+    if settings["timesteps"] != Recipe.timesteps:
+        low, high = parse_timesteps(settings["timesteps"])
+        words.append(f"t from {low} to {high - 1}")
+    if settings["optimizer"] != Recipe.optimizer:
+        words.append("AdamW")
+    if settings["pull"]:
+        words.append(f"a pull of {settings['pull']:g} toward the untouched CLIP")
+    return words
 
 
 def parse_timesteps(spec: str, count: int = 1000) -> tuple[int, int]:
@@ -127,14 +125,6 @@ def parse_timesteps(spec: str, count: int = 1000) -> tuple[int, int]:
     if not match or not int(match[1]) < int(match[2]) <= count:
         raise UserError(f"--timesteps {spec!r}: must be LOW:HIGH, with 0 ≤ LOW < HIGH ≤ {count}")
     return int(match[1]), int(match[2])
-
-
-def check_join(join: str, recap: Recap, positions: int) -> None:
-    """UserError unless a condition of the class token and `recap` can join a text of `positions` positions."""
-    if join == "positions" and recap.count and 1 + recap.count != positions:
-        raise UserError(
-            f"--join positions: the text has {positions} positions, the recap {1 + recap.count} tokens; use --join mean"
-        )
 
 
 def recipe_of(clip: str) -> str | None:

@@ -14,6 +14,7 @@ import shlex
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -22,65 +23,84 @@ from tqdm import tqdm
 
 from harness.checkpoint import load_checkpoint, read_state, save_checkpoint
 from harness.errors import Stopped, UserError
-from harness.files import replaced_folder, synchronise, write_whole
-from harness.options import FREE
+from harness.files import check_renames, replaced_folder, synchronise, write_whole
+from harness.options import MAY_CHANGE_ON_RESUME
 from harness.processes import everyone
+from harness.recipes import beyond_the_paper, recipe_of
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # what clusters and people send to end a run
+METHOD = ("train.py", "condition.py", "model.py", "data.py", "beyond.py")  # whose code decides what a run comes to
 
 
 class Run:
     """`first_step` is where the run goes on, `finished` whether there is nothing left to do.
 
-    Made once the images are found; then `start`, for each step `note` (a micro-batch), `log` and `save`, and `close`.
+    Made once the images are found; then `started` around the training, `restore` for each optimizer, for each step
+    `note` (a micro-batch), `log` and `save`, and `end`.
     """
 
-    def __init__(self, args: argparse.Namespace, images: int):
-        """Reads what OUT holds. UserError: another run than this one, or one of another number of images."""
+    def __init__(self, args: argparse.Namespace, images: str):
+        """Reads what OUT holds; `images` is a fingerprint of the images.
+
+        Raises:
+            UserError: OUT holds another run than this one: other settings, other images, or other code.
+        """
         self.args, self.images, self.out = args, images, Path(args.out)
         self.main, self.processes = dist.get_rank() == 0, dist.get_world_size()
-        self.losses, self.passed_over, self.names, self.signal = [], [], [], 0
-        state = read_state(self.out / "checkpoint") or dict(step=0, unreadable=0, images=images, args={})
-        self.first_step, self.unreadable = state["step"], state["unreadable"]
-        here, there = json.loads(json.dumps(vars(args))), state["args"]
-        differs = [k for k in here if k not in FREE and self.first_step and there.get(k) != here[k]]
-        if differs:
-            what = "; ".join(f"{k} {there.get(k)!r} there, {here[k]!r} here" for k in differs)
-            raise UserError(f"{self.out}: holds another run ({what}); name another --out, or remove that folder")
-        if state["images"] != images:
-            raise UserError(
-                f"{self.out}: its run has {state['images']} images, --data now {images}; bring them back to go on"
-            )
+        self.losses, self.passed_over, self.names, self.signal, self.began = [], [], [], 0, False
+        self.settings, self.code = settings_to_keep(args), code_hashes()
+        new = dict(step=0, unreadable=0, images=images, settings=self.settings, code=[dict(step=0) | self.code])
+        state = read_state(self.out / "checkpoint") or new
+        self.first_step, self.unreadable, self.codes = state["step"], state["unreadable"], state["code"]
         scored = not args.mmvp or (self.out / "mmvp" / "scores.json").exists()
         self.finished = self.first_step == args.steps and scored
+        if self.first_step:
+            self.compare(state)
+        if self.finished and self.main:
+            print(f"{self.out}: this run is finished; remove that folder to start anew")
 
-    def finished_line(self) -> str:
-        """What to say of a finished run."""
-        with contextlib.suppress(OSError, ValueError):
-            if json.loads((self.out / "args.json").read_text()).get("code") != code_hash():
-                return f"{self.out}: this run is finished, by other code than today's; remove that folder to start anew"
-        return f"{self.out}: this run is finished; remove that folder to start anew"
+    def compare(self, state: dict) -> None:
+        """UserError: the run whose checkpoint is `state` is not this one."""
+        differs = []
+        for key, value in self.settings.items():
+            if state["settings"].get(key) != value:
+                differs.append(f"{key} {state['settings'].get(key)!r} there, {value!r} here")
+        if differs:
+            what = "; ".join(differs)
+            raise UserError(f"{self.out}: holds another run ({what}); name another --out, or remove that folder")
+        if state["images"] != self.images:
+            raise UserError(
+                f"{self.out}: its run has other images ({state['images']} there, {self.images} here); bring them back"
+            )
+        changed = [name for name in METHOD if state["code"][-1].get(name) != self.code[name]]
+        if changed and not self.finished:
+            if not self.args.changed_code:
+                raise UserError(
+                    f"{self.out}: {', '.join(changed)} changed since this run's last save; name another --out, or go "
+                    f"on all the same with --changed-code"
+                )
+            self.codes = [*state["code"], dict(step=self.first_step) | self.code]
 
-    def start(self, clip, module: torch.nn.Module, optimizer) -> None:
-        """Makes OUT with its args.json, or loads its checkpoint; from here on signals stop the run between steps.
+    @contextlib.contextmanager
+    def started(self, clip, diffusion, conditioner: torch.nn.Module, images) -> Iterator[None]:
+        """Makes OUT with its args.json and prints the plan; within the block signals stop the run between steps.
 
-        UserError: the checkpoint cannot be read, or processes do not see the same run.
+        UserError: OUT cannot hold a run, or processes do not see the same run.
         """
-        self.clip, self.module, self.optimizer = clip, module, optimizer
-        self.metrics = self.out / "metrics.jsonl"
+        self.clip, self.conditioner, self.metrics = clip, conditioner, self.out / "metrics.jsonl"
         if self.main:
             self.out.mkdir(parents=True, exist_ok=True)
+            check_renames(self.out)
             packages = ("torch", "open_clip_torch", "diffusers", "transformers")
             versions = {name: importlib.metadata.version(name) for name in packages}
-            settings = vars(self.args) | dict(versions=versions, code=code_hash())
-            write_whole(self.out / "args.json", json.dumps(settings, indent=2) + "\n")
+            content = vars(self.args) | dict(versions=versions, code=self.codes)
+            write_whole(self.out / "args.json", json.dumps(content, indent=2) + "\n")
             if self.metrics.exists():  # the lines after the checkpoint come again
                 write_whole(self.metrics, "".join(self.metrics.read_text().splitlines(True)[: self.first_step]))
-        if self.first_step:
-            load_checkpoint(self.out / "checkpoint", module, optimizer)
+            print(plan(self.args, self.first_step, clip, diffusion, conditioner, images), flush=True)
         if len(set(everyone((self.first_step, self.images)))) > 1:
             raise UserError("steps taken or images differ between processes; all need the same --out and --data")
-        self.handlers = [signal.signal(number, self.ask_to_stop) for number in SIGNALS]
+        handlers = [signal.signal(number, self.ask_to_stop) for number in SIGNALS]
         batch, every = self.args.batch_size, 0.5 if sys.stderr.isatty() else 30  # seconds: a log file needs no more
         self.bar = tqdm(
             total=self.args.steps * batch, initial=self.first_step * batch, unit="image", mininterval=every,
@@ -88,9 +108,23 @@ class Run:
             bar_format="{l_bar}{bar}| [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
         )  # fmt: skip
         self.time = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.bar.close()
+            for number, handler in zip(SIGNALS, handlers):
+                signal.signal(number, handler or signal.SIG_DFL)
+
+    def restore(self, optimizer: torch.optim.Optimizer, steps: range) -> None:
+        """Reads the checkpoint, if the run goes on within `steps`: the weights, and what `optimizer` knew of them."""
+        self.optimizer = optimizer
+        if self.first_step and steps.start <= self.first_step <= steps.stop:
+            same = optimizer if self.first_step > steps.start else None  # the first of these steps has a new optimizer
+            load_checkpoint(self.out / "checkpoint", self.conditioner, same)
 
     def note(self, loss: torch.Tensor, batch: dict) -> None:
         """Keeps a micro-batch's loss, and the names of the images that could not be read, for `log`."""
+        self.began = True
         self.losses.append(loss.detach())
         self.passed_over += batch["unreadable"]
         self.bar.update(len(batch["images"]) * self.processes)
@@ -132,20 +166,26 @@ class Run:
         self.bar.set_postfix_str(f"step {step + 1}/{self.args.steps}, loss {loss:.4f}, lr {lr:.1e}", refresh=False)
 
     def save(self, step: int) -> None:
-        """Saves CLIP and checkpoint every --save-every steps and at the end; stops the run if a signal asked for it.
+        """Saves CLIP and checkpoint every --save-every steps and at the end, and each CLIP that --keep-every asks for;
+        stops the run if a signal asked for it.
 
         Raises Stopped in every process, once all is saved, if one of them was sent one of SIGNALS.
         """
         number = torch.tensor(self.signal)
         dist.all_reduce(number, dist.ReduceOp.MAX)  # on the CPU, so that no GPU is waited for
         due = step % self.args.save_every == 0 or step == self.args.steps
-        if self.main and (due or number):
+        keep = self.args.keep_every and step % self.args.keep_every == 0
+        if self.main and (due or keep or number):
             if due:  # before the checkpoint: a run that dies in between comes here again
                 with replaced_folder(self.out / "clip") as new:
                     self.clip.save(new)
+            if keep:
+                with replaced_folder(self.out / f"clip-{step:06}") as new:
+                    self.clip.save(new)
             synchronise(self.metrics)  # its lines are never behind the checkpoint
-            state = dict(step=step, unreadable=self.unreadable, images=self.images, args=vars(self.args))
-            save_checkpoint(self.out / "checkpoint", self.module, self.optimizer, state)
+            state = dict(step=step, unreadable=self.unreadable, images=self.images, settings=self.settings)
+            state |= dict(code=self.codes)
+            save_checkpoint(self.out / "checkpoint", self.conditioner, self.optimizer, state)
             self.time = time.perf_counter()  # the next step's speed is its own
         if number:
             dist.barrier()
@@ -154,47 +194,64 @@ class Run:
                 f"{name}: stopped after {step} steps, saved in {self.out}; the same command goes on", number.item()
             )
 
-    def close(self) -> None:
-        """Ends the bar, and gives signals their usual meaning back."""
-        self.bar.close()
-        for number, handler in zip(SIGNALS, self.handlers):
-            signal.signal(number, handler or signal.SIG_DFL)
-
     def ask_to_stop(self, number: int, frame) -> None:
-        """What a signal does: `save` sees it. Without torchrun, which repeats it, a second Ctrl-C ends all."""
+        """What a signal does: `save` sees it. Before the first batch it ends the process as usual: nothing is lost.
+
+        Without torchrun, which repeats it, a second Ctrl-C ends all.
+        """
         self.signal = number
-        if number == signal.SIGINT and "RANK" not in os.environ:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if not self.began or (number == signal.SIGINT and "RANK" not in os.environ):
+            signal.signal(number, signal.SIG_DFL)
+        if not self.began:
+            signal.raise_signal(number)
+
+    def end(self) -> None:
+        """Says where the trained CLIP is, and what to type next."""
+        if self.main:
+            print("\n" + ways_on(self.args, self.clip))
 
 
-def code_hash() -> str:
-    """Of the method's files: tells runs of changed code apart."""
-    files = sorted(file for file in Path(__file__).parents[1].glob("*.py") if file.name != "test_smoke.py")
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+def settings_to_keep(args: argparse.Namespace) -> dict:
+    """What must be the same when a run goes on. Paths are resolved: how they are spelled may change.
+
+    Of the images the fingerprint is compared, wherever they are.
+    """
+    kept = {k: v for k, v in vars(args).items() if k not in MAY_CHANGE_ON_RESUME and k not in ("recipe", "data")}
+    for key in ("clip", "diffusion"):
+        if os.path.exists(kept[key]):
+            kept[key] = os.path.realpath(kept[key])
+    return json.loads(json.dumps(kept))
 
 
-def plan(args: argparse.Namespace, first_step: int, clip, conditioner, images, device) -> str:
+def code_hashes() -> dict[str, str]:
+    """A hash of each file of the method."""
+    root = Path(__file__).parents[1]
+    return {name: hashlib.sha256((root / name).read_bytes()).hexdigest()[:12] for name in METHOD}
+
+
+def plan(args: argparse.Namespace, first_step: int, clip, diffusion, conditioner, images) -> str:
     """What a run is about to do, in a few lines."""
     tower, linear = (
-        sum(p.numel() for p in module.parameters() if p.requires_grad) / 1e6
-        for module in (conditioner.visual, conditioner.projection)
+        sum(p.numel() for p in module.parameters()) / 1e6 for module in (conditioner.visual, conditioner.projection)
     )
-    processes, slow = dist.get_world_size(), ""
+    processes, slow, device = dist.get_world_size(), "", diffusion.text.device
     accumulated, tokens = args.batch_size // (args.micro_batch * processes), 1 + conditioner.recap.count
     if device.type == "cpu" and images.size >= 256:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         hours = args.batch_size * 5 * (images.size / 512) ** 2 / (0.1 * cores) / 3600
         slow = f"; slow: about {hours:.1g} hours a step on {cores} cores (5 TFLOP an image, 0.1 TFLOP/s a core)"
+    beyond = beyond_the_paper(vars(args))
     lines = {
         "recipe": f"{args.recipe}, seed {args.seed}" + (", random weights" if args.random_weights else ""),
-        "CLIP θ": f"{args.clip}, {clip.image_size}²; trains {tower:.4g} M parameters of its vision tower "
-        + (f"and {linear:.3g} M of the linear layer" if linear else "alone"),
+        "CLIP θ": f"{args.clip}, {clip.image_size}²; {tower:.4g} M parameters of its vision tower learn",
         "diffusion φ": f"{args.diffusion}, frozen, {args.precision} on {device.type}",
-        "condition": f"{tokens} token{'s' if tokens > 1 else ''}, recap {args.recap}, "
-        f"text {args.text!r} by {args.join}",
+        "condition": f"{tokens} token{'s' if tokens > 1 else ''}, recap {args.recap}, text {args.text!r} by "
+        f"{args.join}, a linear layer of {linear:.3g} M",
         "images": f"{len(images):,} at {images.size}², {args.states} noisy states each",
-        "steps": f"{first_step:,} to {args.steps:,}, lr {args.lr:g}, batch {args.batch_size} = {processes} "
-        f"process{'es' if processes > 1 else ''} × micro-batch {args.micro_batch} × {accumulated} accumulated{slow}",
+        "steps": f"{first_step:,} to {args.steps:,}, {args.optimizer}, lr {args.lr:g}, batch {args.batch_size} = "
+        f"{processes} process{'es' if processes > 1 else ''} × micro-batch {args.micro_batch} × {accumulated} "
+        f"accumulated{slow}",
+        "beyond DIVA": "; ".join([*beyond, "see beyond.py"] if beyond else ["nothing"]),
         "writes": args.out,
     }
     return "\n".join(f"{name:12} {text}" for name, text in lines.items())
@@ -207,7 +264,8 @@ def ways_on(args: argparse.Namespace, clip) -> str:
     if clip.no_tokenizer:
         lines["no tokenizer"] = clip.no_tokenizer
     elif not (args.mmvp or args.random_weights):
-        lines["to score it"] = f"python evaluate_mmvp.py {shlex.quote(args.clip)} {quoted} --mmvp MMVP/MMVP_VLM"
+        lines["to score it"] = f"python evaluate_mmvp.py {shlex.quote(recipe_of(args.clip) or args.clip)} {quoted}"
+    lines["to see it"] = f"python extras/reconstruct.py {shlex.quote(args.out)} FILE.png"
     lines["to export it"] = f"python extras/export.py {quoted} DIR"
     lines["its report"] = f"python extras/report.py {shlex.quote(args.out)}"
     return "\n".join(f"{name:12} {text}" for name, text in lines.items())

@@ -37,7 +37,8 @@ def test_train_takes_the_commands(command, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("script", ["evaluate_mmvp.py", "extras/report.py", "extras/export.py", "extras/bench.py",
-                                    "extras/feedback.py", "miniature/make.py", "miniature/experiment.py"])  # fmt: skip
+                                    "extras/feedback.py", "extras/zero_shot.py", "extras/reconstruct.py",
+                                    "miniature/make.py", "miniature/experiment.py", "miniature/claims.py"])  # fmt: skip
 def test_options_in_the_readmes_exist(script):
     """A word that begins with two hyphens is an option of the command that it stands behind, or of train.py."""
     source = (ROOT / script).read_text() + (ROOT / "harness" / "options.py").read_text()

@@ -6,9 +6,10 @@ from test_smoke import steps_saved, weights, write_mmvp, write_shard, write_sigl
 
 import contextlib
 import csv
+import errno
+import io
 import json
 import math
-import multiprocessing
 import os
 import re
 import signal
@@ -21,15 +22,18 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-import data
 import evaluate_mmvp
+import harness.processes
 import harness.run
 import model
 import train
-from harness.errors import Stopped, UserError
-from harness.recipes import MINIATURE, RECIPES
+from harness.errors import Stopped, UserError, one_sentence
+from harness.options import parse_args
+from harness.processes import joined_processes
+from harness.recipes import MINIATURE, RECIPES, beyond_the_paper
 
 STEPS = "--steps 5 --save-every 2"
 FULL_SIZE = [name for name in RECIPES if name != "miniature"]
@@ -49,21 +53,27 @@ def test_a_run_says_what_it_is_about_to_do_and_what_to_do_next(tmp_path, capfd):
     out = run(tmp_path / "run", "--steps 5 --micro-batch 2")
     said = capfd.readouterr().out.splitlines()
     lines = {line[:12].rstrip(): line[13:] for line in said}
-    assert list(lines)[:7] == ["recipe", "CLIP θ", "diffusion φ", "condition", "images", "steps", "writes"]
-    count = {part: sum(v.numel() for k, v in weights(out).items() if k.startswith(part)) for part in ("vis", "proj")}
-    tower, linear = (float(number) * 1e6 for number in re.findall(r"([\d.e-]+) M ", lines["CLIP θ"]))
-    assert (tower, linear) == (pytest.approx(count["vis"], rel=1e-3), pytest.approx(count["proj"], rel=0.01))
-    assert lines["condition"] == "20 tokens, recap random:30%, text '' by mean"
+    expected = ["recipe", "CLIP θ", "diffusion φ", "condition", "images", "steps", "beyond DIVA", "writes"]
+    assert list(lines)[:8] == expected
+    tower = sum(v.numel() for k, v in weights(out).items() if k.startswith("visual"))
+    assert float(re.search(r"([\d.e-]+) M ", lines["CLIP θ"])[1]) * 1e6 == pytest.approx(tower, rel=1e-3)
+    assert lines["condition"].startswith("20 tokens, recap random:30%, text '' by mean")
     assert lines["images"].startswith("2,000 at 64², 2 noisy states each")
-    assert "0 to 5, lr 0.01, batch 4 = 1 process × micro-batch 2 × 2 accumulated" in lines["steps"]
+    assert "0 to 5, sgd, lr 0.01, batch 4 = 1 process × micro-batch 2 × 2 accumulated" in lines["steps"]
+    assert lines["beyond DIVA"] == "nothing"
     ways_on = (
         f'open_clip.create_model_and_transforms("local-dir:{out}/clip")',
-        f"python evaluate_mmvp.py {MINIATURE}/clip {out}/clip --mmvp ",
+        f"python evaluate_mmvp.py miniature {out}/clip",
+        f"python extras/reconstruct.py {out} FILE.png",
         f"python extras/export.py {out}/clip DIR",
         f"python extras/report.py {out}",
     )
     for way in ways_on:
-        assert any(way in line for line in said[7:])
+        assert any(way in line for line in said[8:]), way
+    args = settings(out, "--timesteps 500:1000 --optimizer adamw --pull 0.05 --projection fitted --projection-steps 2")
+    words = "; ".join(beyond_the_paper(vars(args)))
+    for word in ("fitted to texts", "alone for 2 steps", "t from 500 to 999", "AdamW", "a pull of 0.05"):
+        assert word in words
 
 
 def test_gradients_are_averaged_once_a_step(tmp_path, monkeypatch):
@@ -89,15 +99,15 @@ def test_bf16_runs_theta_under_autocast_and_phi_in_bf16(tmp_path, monkeypatch):
     build, seen = train.build, {}
 
     def watched(*args) -> tuple:
-        clip, diffusion, *others = seen["built"] = build(*args)
+        clip, diffusion, conditioner = seen["built"] = build(*args)
         layer = clip.model.visual.transformer.resblocks[0].mlp.c_fc
         layer.register_forward_hook(lambda *call: seen.update(tower=call[-1].dtype))
         diffusion.unet.register_forward_pre_hook(lambda unet, inputs: seen.update(z_t=inputs[0].dtype))
-        return clip, diffusion, *others
+        return clip, diffusion, conditioner
 
     monkeypatch.setattr(train, "build", watched)
     run(tmp_path / "run", "--precision bf16")
-    clip, diffusion, *_ = seen["built"]
+    clip, diffusion, _ = seen["built"]
     assert seen["tower"] == seen["z_t"] == diffusion.unet.dtype == diffusion.vae.dtype == torch.bfloat16
     assert {p.dtype for p in clip.model.parameters()} == {torch.float32}
     assert not any(m.training for part in (diffusion.unet, diffusion.vae, clip.model) for m in part.modules())
@@ -110,19 +120,20 @@ def test_grad_checkpointing_keeps_less_and_changes_nothing(tmp_path, name):
     kept, ends = [], []
     for more in ("", "--grad-checkpointing"):
         args, tensors = settings("unused", f"{flags} {more}"), {}
-        clip, diffusion, conditioner, images = train.build(args, CPU, None)
-        optimizer = train.build_optimizer(args, conditioner)
+        clip, diffusion, conditioner = train.build(args, CPU)
+        optimizer = train.build_optimizer(args, conditioner, list(conditioner.parameters()), args.lr)
         for step in (0, 1):
-            batch = data.to_device(data.collate([images[step, position] for position in range(2)]), CPU)
+            torch.manual_seed(step)
+            pixels = torch.rand(2, 3, 64, 64)
+            timesteps, noise = train.draw_noise((2, 4, 8, 8), 0, 1000, train.image_rngs(0, [(step, 0), (step, 1)]))
 
             def keep(tensor: torch.Tensor) -> torch.Tensor:
                 tensors[tensor.data_ptr()] = tensor.nbytes
                 return tensor
 
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                c, _ = conditioner(clip.prepare(batch["images"]), diffusion.text)
-                latents = diffusion.encode(batch["images"])
-                loss = train.denoising_loss(diffusion, latents, c, batch["timesteps"], batch["noise"])
+                c, _ = conditioner(clip.prepare(pixels), diffusion.text)
+                loss = train.denoising_loss(diffusion, diffusion.encode(pixels), c, timesteps, noise)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -213,26 +224,6 @@ def test_the_command_compares_two_clips(tmp_path, monkeypatch, capsys):
 # Images that cannot be read
 
 
-def test_unreadable_images_are_replaced_and_too_many_stop_the_run(tmp_path):
-    good, folder = jpeg(picture(40)), tmp_path / "few"
-    broken = {"empty": b"", "text": b"not an image", "cut": good[: len(good) // 2]}
-    files = {f"{i:03}.jpg": good for i in range(60)} | {f"1{name}.jpg": content for name, content in broken.items()}
-    folder.mkdir()
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
-    flags = f"--data {folder} --steps 21 --batch-size 6 --micro-batch 6 --states 1 --image-size 16"
-    out = run(tmp_path / "run", flags)
-    images = data.TrainingImages(data.open_images([f"{folder}"]), 32, 6)
-    order = [images.index(*divmod(i, 6)) for i in range(126)]
-    following = {60: 2, 61: 2, 62: 1}  # the broken ones are the last three: one, then three further is tried
-    assert metrics(out)[-1]["unreadable"] == sum(following.get(i, 0) for i in order) == 10
-
-    for name in list(files)[:9]:
-        (folder / name).write_bytes(b"")
-    with pytest.raises(UserError, match=r"step \d+: \d+ of \d+ images could not be read: .*\.jpg \(not an image"):
-        run(tmp_path / "run2", flags)
-
-
 def test_shards_that_change_while_they_are_read_are_passed_over(tmp_path, monkeypatch):
     """Of sixty shards one is removed, one cut short, one replaced in the middle of a run: counted, replaced, named."""
     files = {f"{i}.jpg": jpeg(picture(40, 90 * i)) for i in range(4)}
@@ -251,7 +242,7 @@ def test_shards_that_change_while_they_are_read_are_passed_over(tmp_path, monkey
     assert lines[10]["unreadable"] == 0 and lines[-1]["unreadable"] == len(names) > 8
     assert {Path(name.split(" at byte")[0]).name for name in names} == {"03.tar", "07.tar", "11.tar"}
     write_shard(tmp_path / "07.tar", files)
-    with pytest.raises(UserError, match="its run has 240 images, --data now 233"):
+    with pytest.raises(UserError, match="its run has other images"):
         run(tmp_path / "run", flags)
 
 
@@ -280,24 +271,16 @@ def test_a_run_that_dies_in_a_save_goes_on_in_the_same_bits(tmp_path, monkeypatc
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_a_signal_stops_after_the_step_and_loses_none(tmp_path, monkeypatch, whole, name):
     number, usual = signal.Signals[name], signal.getsignal(signal.Signals[name])
-    afterwards = []
     losses = at_loss(monkeypatch, 3, lambda: signal.raise_signal(number))
-    close = harness.run.Run.close
-
-    def closed(run) -> None:
-        close(run)
-        afterwards.append(signal.getsignal(number))
-
-    monkeypatch.setattr(harness.run.Run, "close", closed)
     with pytest.raises(Stopped, match=f"{name}: stopped after 3 steps, .* the same command goes on") as stop:
         run(tmp_path / "run", STEPS)
     assert stop.value.exit_code == 128 + number and len(losses) == steps_saved(tmp_path / "run") == 3
-    assert afterwards[-1] == usual
+    assert signal.getsignal(number) == usual
     assert_same_run(whole, run(tmp_path / "run", STEPS))
 
 
 def test_a_signal_to_all_processes_lets_the_step_end(tmp_path):
-    """torchrun and clusters signal the readers too; a step of twelve micro-batches needs them to its end."""
+    """As clusters signal; a step of twelve micro-batches needs what reads ahead to its end."""
     out = tmp_path / "run"
     flags = f"{SMALL} {out} --steps 1000 --batch-size 24 --micro-batch 2 --states 1 --workers 2"
     command = [sys.executable, "train.py", *flags.split()]
@@ -325,34 +308,6 @@ def test_a_full_disk_costs_nothing_but_time(tmp_path, whole):
         assert_same_run(whole, run(disk / "run", STEPS))
     finally:
         subprocess.run(["umount", f"{disk}"], check=True)
-
-
-def test_a_killed_reader_ends_the_run_and_it_goes_on(tmp_path, monkeypatch):
-    flags = "--steps 12 --save-every 2 --workers 1 --states 1 --image-size 16"
-
-    def kill() -> None:
-        for reader in multiprocessing.active_children():
-            reader.kill()
-
-    with monkeypatch.context() as patch:
-        losses = at_loss(patch, 4, kill)
-        with pytest.raises(UserError, match="a process that reads images has died .*; the same command goes on"):
-            run(tmp_path / "run", flags)
-    assert 4 <= len(losses) < 12 and steps_saved(tmp_path / "run") >= 2
-    assert_same_run(run(tmp_path / "whole", flags), run(tmp_path / "run", flags))
-
-
-@pytest.mark.parametrize("error", [ConnectionResetError("reset"), EOFError(), RuntimeError("DataLoader worker died")])
-def test_a_reader_that_dies_with_a_batch_under_way_is_a_sentence(monkeypatch, error):
-    def loader(dataset, **options):
-        yield dict(images=torch.zeros(1))
-        raise error
-
-    monkeypatch.setattr(data, "DataLoader", loader)
-    batches = data.read_batches(None, None, 1, CPU)
-    next(batches)
-    with pytest.raises(UserError, match="has died .(reset|EOFError|DataLoader worker died)"):
-        next(batches)
 
 
 def test_a_loss_that_is_not_finite_stops_before_its_step(tmp_path, monkeypatch):
@@ -383,6 +338,135 @@ def test_memory_does_not_grow(tmp_path, monkeypatch):
     small = "--batch-size 1 --micro-batch 1 --states 1 --image-size 16 --save-every 5000 --lr 1e-4"
     run(tmp_path / "run", f"{small} --steps 20000")
     assert len(resident) == 200 and max(resident[10:]) < 1.02 * resident[10]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run goes on from, and on what
+
+
+def test_code_that_has_changed_is_refused_by_name_or_kept_beside_the_old(tmp_path, monkeypatch):
+    out, hashes = tmp_path / "run", harness.run.code_hashes()
+    at_loss(monkeypatch, 2, lambda: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(Stopped):
+        run(out, STEPS)
+    monkeypatch.setattr(harness.run, "code_hashes", lambda: hashes | {"train.py": "edited"})
+    with pytest.raises(UserError, match=r"run: train.py changed since .*; name another --out, or .* --changed-code"):
+        run(out, STEPS)
+    run(out, f"{STEPS} --changed-code")
+    code = json.loads((out / "args.json").read_text())["code"]
+    assert [(c["step"], c["train.py"]) for c in code] == [(0, hashes["train.py"]), (2, "edited")]
+
+
+def test_a_disk_without_rights_and_fsync_keeps_a_run_and_one_without_renames_is_refused(tmp_path, monkeypatch):
+    def refuse(*args, **more):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    with monkeypatch.context() as patch:
+        for name in ("fsync", "chmod"):
+            patch.setattr(os, name, refuse)
+        assert_saved(run(tmp_path / "run"))
+    losses = at_loss(monkeypatch, 1, lambda: None)
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(UserError, match="--out .*other: its disk cannot rename folders ..Errno 22"):
+        run(tmp_path / "other")
+    assert not losses
+
+
+def test_clips_are_kept_along_a_run(tmp_path, monkeypatch):
+    """Each is that of its step, here beside a run that was stopped there."""
+    out = run(tmp_path / "run", "--steps 5 --keep-every 2")
+    assert sorted(path.name for path in out.glob("clip*")) == ["clip", "clip-000002", "clip-000004"]
+    at_loss(monkeypatch, 4, lambda: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(Stopped):
+        run(tmp_path / "stopped", "--steps 5")
+    kept, stopped = open_clip.create_model(f"local-dir:{out}/clip-000004"), weights(tmp_path / "stopped")
+    assert all(torch.equal(v, stopped[f"visual.{k}"]) for k, v in kept.visual.state_dict().items())
+
+
+def test_images_that_have_moved_are_the_same_run(tmp_path, monkeypatch):
+    folder = tmp_path / "job1"
+    folder.mkdir()
+    for i in range(4):
+        (folder / f"{i}.jpg").write_bytes(jpeg(picture(40, i)))
+    run(tmp_path / "run", f"--data {folder}")
+    folder.rename(tmp_path / "job2")
+    monkeypatch.setattr(train, "build", None)  # finished: nothing is loaded
+    run(tmp_path / "run", f"--data {tmp_path}/job2 --clip {MINIATURE}/../miniature/clip/")
+    (tmp_path / "job2" / "0.jpg").write_bytes(jpeg(picture(50)))
+    with pytest.raises(UserError, match="its run has other images"):
+        run(tmp_path / "run", f"--data {tmp_path}/job2")
+
+
+def test_a_signal_before_the_first_batch_ends_the_process(tmp_path):
+    """One that waits for images that never come."""
+    script = tmp_path / "waits.py"
+    script.write_text(
+        "import os, sys, time; sys.path.insert(0, os.getcwd())\n"
+        "import data, train\n"
+        "from harness.options import parse_args\n"
+        "from harness.processes import joined_processes\n"
+        "data.decode_crop = lambda *args: print('waits', flush=True) or time.sleep(600)\n"
+        "with joined_processes() as device: train.train(parse_args(), device)\n"
+    )
+    command = [sys.executable, str(script), *f"{SMALL} {tmp_path}/run --workers 2".split()]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    while process.stdout.readline() != "waits\n":
+        pass
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=20)
+    assert process.returncode == -signal.SIGTERM
+
+
+def test_a_terminal_that_cannot_show_a_letter_ends_nothing(monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    with one_sentence("command"):
+        print("θ at 64²")
+    terminal.flush()
+    assert terminal.buffer.getvalue() == "? at 64²\n".encode("latin-1")
+
+
+def test_a_mistake_leaves_no_process_group_behind():
+    """As in a notebook, whose cells share one process."""
+    for _ in range(2):
+        with pytest.raises(UserError), joined_processes():
+            raise UserError("a mistake")
+
+
+def test_a_restart_has_keys_of_its_own(monkeypatch):
+    """torchrun keeps its store over a restart, with the addresses of the processes that died."""
+    stores, kept = [], dist.HashStore()
+    monkeypatch.setattr(harness.processes, "rendezvous", lambda url: iter([(kept, 0, 1)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda *args, store, **more: stores.append(store))
+    monkeypatch.setattr(dist, "barrier", lambda: None)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    for name, value in dict(RANK=0, WORLD_SIZE=1, LOCAL_WORLD_SIZE=1, TORCHELASTIC_RESTART_COUNT=3).items():
+        monkeypatch.setenv(name, f"{value}")
+    with joined_processes():
+        stores[0].set("address", "new")
+    assert kept.get("3/address") == b"new"
+
+
+@pytest.mark.parametrize(
+    "environment, message",
+    [
+        (dict(RANK="0"), "RANK is set, but WORLD_SIZE, MASTER_ADDR, MASTER_PORT not: start with torchrun"),
+        (dict(SLURM_NTASKS="2"), "SLURM runs 2 tasks, and each would train alone into one folder: start torchrun"),
+    ],
+)
+def test_processes_that_torchrun_did_not_start_are_refused(monkeypatch, environment, message):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        parse_args([])
+
+
+def test_a_setting_that_is_overridden_is_said(capsys):
+    assert parse_args(["--batch-size", "61", "--micro-batch", "16"]).micro_batch == 1
+    assert parse_args(["--random-weights"]).projection == "random"
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith("--micro-batch 16: does not divide the 61 images of a process, so it is 1")
+    assert said[1].startswith("--random-weights: the linear layer starts at random")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -471,13 +555,14 @@ def test_one_process_that_fails_ends_all_and_its_error_is_shown(tmp_path, fault)
         "import train\n"
         "from harness.errors import one_sentence\n"
         "from harness.options import parse_args\n"
+        "from harness.processes import joined_processes\n"
         "loss, losses = train.denoising_loss, []\n"
         "def fail(*args):\n"
         "    losses.append(1)\n"
         f"    if os.environ['RANK'] == '1' and len(losses) == 6: {fault}\n"
         "    return loss(*args)\n"
         "train.denoising_loss = fail\n"
-        "with one_sentence('train.py'): train.train(parse_args())\n"
+        "with one_sentence('train.py'), joined_processes() as device: train.train(parse_args(), device)\n"
     )
     began, command = time.monotonic(), f"{TORCHRUN} {script} {SMALL} {tmp_path}/run {LONG}"
     done = subprocess.run(command.split(), cwd=ROOT, capture_output=True, text=True, timeout=90)

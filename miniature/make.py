@@ -68,9 +68,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import random_crop_box
-from evaluate_mmvp import EMBEDDINGS, average, interval, pairs_right, similarities
+from evaluate_mmvp import EMBEDDINGS, pairs_right, similarities
 from harness.errors import UserError, fail, one_sentence
 from harness.mmvp import read_mmvp
+from harness.scores import average, interval
 from harness.weights import to_transformers
 from model import load_clip, load_diffusion
 
@@ -131,6 +132,11 @@ def caption(scene, named) -> str:
 
 def draw(scene, rng: np.random.Generator) -> Image.Image:
     """A scene as a picture, SIZE × SIZE. The rng draws what no caption names: jitter, shade, phase."""
+    return draw_with_mask(scene, rng)[0]
+
+
+def draw_with_mask(scene, rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
+    """`draw`, and where its thing is without the hat: how much of each pixel it covers, SIZE × SIZE, 0 to 255."""
     kind, colour, turned, hatless, broken, stars, right, ground, structure, letter, far = scene
     k = 4  # drawn at four times the size, then reduced
     jitter, shade, phase = rng.uniform(-1.5, 1.5, 2), rng.uniform(0.88, 1, 3), rng.integers(0, 4)
@@ -177,7 +183,9 @@ def draw(scene, rng: np.random.Generator) -> Image.Image:
     corner = tuple((centre * k - side / 2).astype(int))
     canvas.paste(body, corner, mask)
     canvas.paste((0, 190, 215), corner, hat)
-    return canvas.reduce(k)
+    covered = Image.new("L", canvas.size)
+    covered.paste(mask, corner)
+    return canvas.reduce(k), covered.reduce(k)
 
 
 def random_scenes(count: int, seed: int | tuple[int, int]) -> np.ndarray:
@@ -424,19 +432,32 @@ def make_diffusion(out: Path, seed: int, steps: int = 4500, batch: int = 128) ->
 # The gates
 
 
-def probe(x: torch.Tensor, scenes: np.ndarray, fitted: int, penalty: float = 0.1) -> list[float]:
-    """How often, in percent, a linear probe of x reads each of the nine details: ridge on one-hot labels, fitted on
-    the first `fitted` rows and counted on the others."""
-    x = x.flatten(1).float()
-    x = (x - x[:fitted].mean(0)) / (x[:fitted].std(0) + 1e-6) / x[0].numel() ** 0.5
-    kernel = torch.linalg.cholesky((x[:fitted] @ x[:fitted].T).double() + penalty * torch.eye(fitted))
-    others, accuracies = (x[fitted:] @ x[:fitted].T).double(), []
-    for labels in scenes.T[2:]:
-        targets = F.one_hot(torch.from_numpy(labels)).double()
-        mean = targets[:fitted].mean(0)
-        guess = others @ torch.cholesky_solve(targets[:fitted] - mean, kernel) + mean
-        accuracies.append(100 * float((guess.argmax(1).numpy() == labels[fitted:]).mean()))
-    return accuracies
+def ridge(x: torch.Tensor, labels: np.ndarray, penalty: float = 0.1) -> np.ndarray:
+    """A linear reader of x: ridge on one-hot labels, fitted on its first rows, those with labels.
+
+    x (n, ...), labels (fitted, columns) int → what it reads of the other rows, (n − fitted, columns) int.
+    """
+    fitted, x = len(labels), x.flatten(1).float()
+    x = (x - x[:fitted].mean(0)) / (x[:fitted].std(0) + 1e-6) / x.shape[1] ** 0.5
+    x, others = x[:fitted], x[fitted:]
+    one_hot = [F.one_hot(torch.from_numpy(column)).double() for column in labels.T]
+    targets = torch.cat(one_hot, 1)  # (fitted, all labels)
+    mean = targets.mean(0)
+
+    def solve(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.solve((a @ a.T).double() + penalty * torch.eye(len(a)), b)
+
+    if fitted > x.shape[1]:  # twice the same weight, by the smaller system of equations
+        weight = solve(x.T, x.T.double() @ (targets - mean))
+    else:
+        weight = x.T.double() @ solve(x, targets - mean)
+    found = (others.double() @ weight + mean).split([column.shape[1] for column in one_hot], 1)
+    return torch.stack([scores.argmax(1) for scores in found], 1).numpy()
+
+
+def probe(x: torch.Tensor, scenes: np.ndarray, fitted: int) -> np.ndarray:
+    """How often, in percent, a linear reader of x, fitted on the first rows, reads each of the others' nine details."""
+    return 100 * (ridge(x, scenes[:fitted]) == scenes[fitted:]).mean(0)[2:]
 
 
 @torch.no_grad()

@@ -15,9 +15,10 @@ from transformers import AutoTokenizer, CLIPTextModel
 import data
 import model
 import train
-from condition import VisualCondition
+import beyond
+from condition import VisualCondition, parse_recap
 from harness.mmvp import read_mmvp
-from harness.recipes import MINIATURE, TYPES, parse_recap
+from harness.recipes import MINIATURE, TYPES
 
 
 def test_the_miniature_is_what_its_script_draws(tmp_path):
@@ -108,8 +109,9 @@ def test_the_teacher_reads_its_captions(teacher):
 def test_a_fitted_class_token_says_more_than_the_empty_text(teacher):
     """On unseen scenes, before any training; and another scene's class token says less than nothing."""
     diffusion, _, scenes, pixels, latents = teacher
-    args = settings("unused", "--recap none --join positions --projection fitted")
-    clip, _, conditioner, _ = train.build(args, CPU, data.open_images(args.data))
+    args = settings("unused", "--recap none")
+    clip, _, conditioner = train.build(args, CPU)
+    beyond.fit_projection(args, clip, conditioner, data.TrainingImages(data.open_images(args.data), 64, 4))
     with torch.no_grad():
         own, _ = conditioner(clip.prepare(pixels), diffusion.text)
     nothing = diffusion.text[:, None].expand(len(scenes), -1, -1, -1)
@@ -120,10 +122,11 @@ def test_a_fitted_class_token_says_more_than_the_empty_text(teacher):
 def test_the_linear_layer_alone_learns_to_say_more(teacher, tmp_path):
     """Forty steps from a random start: on unseen scenes the loss falls, and another scene's class token costs more."""
     diffusion, _, _, pixels, latents = teacher
-    flags = "--recap none --join positions --batch-size 16 --micro-batch 16 --optimizer adamw"
+    flags = "--recap none --batch-size 16 --micro-batch 16 --optimizer adamw"
     out = run(tmp_path / "run", f"{flags} --steps 40 --projection-steps 40 --projection-lr 0.003")
     clip = model.load_clip("miniature")
-    conditioner = VisualCondition(clip, diffusion, parse_recap("none", 64), "positions", 0)
+    torch.manual_seed(0)
+    conditioner = VisualCondition(clip, diffusion, parse_recap("none", 64), "mean")
     with torch.no_grad():
         start, _ = conditioner(clip.prepare(pixels), diffusion.text)
         conditioner.load_state_dict(weights(out))
