@@ -1,8 +1,8 @@
 """Does the feedback point toward the right words? Asked in minutes, before a training that takes days.
 
     python extras/feedback.py                                                            # the miniature
-    python extras/feedback.py --recipe openai-vit-l-14-224 --recap none --join positions --mmvp MMVP/MMVP_VLM \
-        --data 'cc3m/*.tar' --projection-steps 500 --timesteps 500:1000 --json feedback.json
+    python extras/feedback.py --recipe two-stage-openai-vit-l-14-224 --mmvp MMVP/MMVP_VLM --data 'cc3m/*.tar' \
+        --projection-steps 500 --timesteps 500:1000 --json feedback.json
 
 **The needle.** A pair of the benchmark has images A, B and statements a, b, with the margins cos(a, A) − cos(a, B) and
 cos(b, B) − cos(b, A). Let each image's class token take one small step down its own denoising loss: do the margins
@@ -34,16 +34,25 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from condition import visual_tokens
-from data import batch_keys, open_images, read_batches, to_rgb
-from evaluate_mmvp import average, interval, pairs_right, type_names, type_scores
+from beyond import fit_projection
+from condition import draw_patches, visual_tokens
+from data import TrainingImages, batch_keys, open_images, read_batches, to_rgb
+from evaluate_mmvp import pairs_right
 from harness.errors import UserError, fail, one_sentence
-from harness.mmvp import read_mmvp
+from harness.mmvp import Pair, read_mmvp
 from harness.options import parse_args
-from harness.processes import join_processes
-from train import algorithm_1, build, build_optimizer, denoising_loss
+from harness.processes import copy_to, joined_processes
+from harness.recipes import TYPES, parse_timesteps
+from harness.scores import average, interval, type_names, type_scores
+from train import algorithm_1, build, build_optimizer, denoising_loss, draw_noise, image_rngs
 
 MOVE = 0.2  # of the class tokens' mean distance from their centre, the mean length of a move
+
+
+def check_finite(what: str, *values: torch.Tensor) -> None:
+    """UserError: `what` is not finite."""
+    if not all(value.isfinite().all() for value in values):
+        raise UserError(f"{what}: not finite; weights are broken, or --projection-lr is too high")
 
 
 class Bar:
@@ -58,7 +67,7 @@ class Bar:
         self.loss = loss.detach()
 
     def log(self, step: int, grad_norm: torch.Tensor, lr: float) -> None:
-        self.bar.set_postfix_str(f"loss {self.loss:.4f}", refresh=False)
+        check_finite(f"the loss of the linear layer's step {step}, or its gradient", self.loss, grad_norm)
         self.bar.update()
 
     def save(self, step: int) -> None:
@@ -70,7 +79,7 @@ class Pairs:
     """The benchmark's images and statements as φ and CLIP see them; `types` (pairs,) are their types' names.
 
     `latents` z (2 · pairs, 4, h, w), `cls` (2 · pairs, D) and `local` (2 · pairs, P, D) are the images', pair by pair;
-    `texts` (pairs, 2, D) the statements', of length 1.
+    `texts` (pairs, 2, D) the statements', of length 1. UserError: one of them is not finite.
     """
 
     @torch.no_grad()
@@ -90,57 +99,63 @@ class Pairs:
             words = tokenizer(["a photo of " + statement for statement in pair.statements]).to(device)
             texts.append(clip.model.encode_text(words, normalize=True))
         self.latents, self.cls, self.local, self.texts = *map(torch.cat, (latents, cls, local)), torch.stack(texts)
+        check_finite("the latents of the benchmark's images", self.latents)
+        check_finite("CLIP's tokens of the benchmark's images", self.cls, self.local)
+        check_finite("CLIP's embeddings of the benchmark's statements", self.texts)
 
     def cosines(self, cls: torch.Tensor) -> torch.Tensor:
         """Of statements and images within each pair, (pairs, 2 statements, 2 images)."""
         return torch.einsum("psd,pid->psi", self.texts, normalize(cls, dim=-1).unflatten(0, (-1, 2)))
 
 
-def feedback(parts, pairs: Pairs, cls: torch.Tensor, draws: int, at_once: int, seed: int, what: str) -> torch.Tensor:
-    """Each image's gradient of its own denoising loss by its class token, the mean over `draws` draws: (images, D)."""
-    _, diffusion, conditioner, dataset = parts
-    found = torch.zeros_like(cls)
-    for draw in tqdm(range(draws), desc=what, unit="draw", leave=False):
-        for start in range(0, len(cls), at_once):
-            part = slice(start, start + at_once)
-            drawn = [dataset.draw(np.random.default_rng((seed, draw, i))) for i in range(len(cls))[part]]
-            drawn = {key: torch.from_numpy(np.stack([d[key] for d in drawn])).to(cls.device) for key in drawn[0]}
-            token = cls[part].clone().requires_grad_()
-            condition = conditioner.condition(token, pairs.local[part], diffusion.text, drawn.get("patches"))
-            loss = denoising_loss(diffusion, pairs.latents[part], condition, drawn["timesteps"], drawn["noise"])
-            found[part] += torch.autograd.grad(loss * len(token), token)[0] / draws  # the loss is a mean over images
-    return found
+def feedback(args, diffusion, conditioner, pairs: Pairs, cls: torch.Tensor, seed: int) -> torch.Tensor:
+    """Each image's gradient of its own denoising loss by its class token, the mean over --draws draws: (images, D)."""
+    mean, (low, high) = torch.zeros_like(cls), parse_timesteps(args.timesteps)
+    for draw in tqdm(range(args.draws), desc="draws", unit="draw", leave=False):
+        for images in torch.arange(len(cls)).split(args.micro_batch):
+            token, latents = cls[images].clone().requires_grad_(), pairs.latents[images]
+            rngs = image_rngs(seed, [(draw, i) for i in images.tolist()])
+            timesteps, noise = draw_noise((args.states, *latents.shape[1:]), low, high, rngs)
+            patches = draw_patches(conditioner.recap, args.states, rngs)
+            timesteps, noise, patches = copy_to(cls.device, timesteps, noise, patches)
+            condition = conditioner.from_tokens(token, pairs.local[images], diffusion.text, patches)
+            loss = denoising_loss(diffusion, latents, condition, timesteps, noise) * len(token)  # it was a mean
+            mean[images] += torch.autograd.grad(loss, token)[0] / args.draws
+    check_finite("the gradient of the denoising loss", mean)
+    return mean
 
 
 def needles(pairs: Pairs, gradient: torch.Tensor) -> np.ndarray:
-    """The needle of each pair, (pairs,), for the images' gradients (2 · pairs, D)."""
+    """The needle of each pair, (pairs,), for the images' gradients (2 · pairs, D). UserError: it is not finite."""
     cls = pairs.cls.clone().requires_grad_()
     cosines = pairs.cosines(cls)
     margins = cosines[:, 0, 0] - cosines[:, 0, 1] + cosines[:, 1, 1] - cosines[:, 1, 0]  # (pairs,)
     toward = torch.autograd.grad(margins.sum(), cls)[0].unflatten(0, (-1, 2)).flatten(1)  # ∇m, (pairs, 2 · D)
     down = -gradient.unflatten(0, (-1, 2)).flatten(1)
-    return ((toward * down).sum(1) / toward.norm(dim=1) / down.norm(dim=1).mean()).cpu().numpy()
+    needle = (toward * down).sum(1) / toward.norm(dim=1) / down.norm(dim=1).mean()
+    check_finite("the needle", needle)
+    return needle.cpu().numpy()
 
 
-def measure(parts, pairs: Pairs, own: argparse.Namespace, at_once: int, seed: int) -> dict:
-    """The needle in all and by type with z, and the pair score before and after each move of the class tokens."""
-    gradient = feedback(parts, pairs, pairs.cls, own.draws, at_once, seed, "needle")
-    values, cls, rights = needles(pairs, gradient), pairs.cls, [pairs_right(pairs.cosines(pairs.cls).cpu().numpy())]
-    length = MOVE * (cls - cls.mean(0)).norm(dim=1).mean()
-    for move in range(own.moves):
+def measure(args, diffusion, conditioner, pairs: Pairs) -> dict:
+    """`rows`: of each type and of all the needle, its z, and the score before and after each move of the class tokens.
+
+    `change` is the 95% interval of what all moves change in the score of all.
+    """
+    cls, types, rights = pairs.cls, pairs.types, [pairs_right(pairs.cosines(pairs.cls).cpu().numpy())]
+    gradient = feedback(args, diffusion, conditioner, pairs, cls, args.seed)
+    values, length = needles(pairs, gradient), MOVE * (cls - cls.mean(0)).norm(dim=1).mean()
+    for move in range(args.moves):
+        if move:
+            gradient = feedback(args, diffusion, conditioner, pairs, cls, args.seed + move)
         cls = cls - length * gradient / gradient.norm(dim=1).mean()
         rights.append(pairs_right(pairs.cosines(cls).cpu().numpy()))
-        if move + 1 < own.moves:
-            gradient = feedback(parts, pairs, cls, own.draws, at_once, seed + 1 + move, f"move {move + 2}")
-    names, types = np.array(pairs.types), pairs.types
-    rows = {name: values[names == name] for name in type_names(types)} | {"all": values}
-    return dict(
-        needle={name: dict(mean=float(v.mean()), z=z_value(v)) for name, v in rows.items()},
-        scores=[average(right, types) for right in rights],
-        change=dict(zip(("low", "high"), interval(rights[-1].astype(int) - rights[0], types))),
-        types_before=type_scores(rights[0], types),
-        types_after=type_scores(rights[-1], types),
-    )
+    scores = [type_scores(right, types) | {"all": average(right, types)} for right in rights]
+    rows = {}
+    for name in scores[0]:
+        chosen = values if name == "all" else values[np.array(types) == name]
+        rows[name] = dict(needle=float(chosen.mean()), z=z_value(chosen), scores=[score[name] for score in scores])
+    return dict(rows=rows, change=interval(rights[-1].astype(int) - rights[0], types))
 
 
 def z_value(values: np.ndarray) -> float | None:
@@ -151,19 +166,14 @@ def z_value(values: np.ndarray) -> float | None:
 
 def text(stages: dict[str, dict]) -> str:
     """The figures of each stage as a table."""
-    names = {name for found in stages.values() for name in found["needle"]}
-    width, lines = max(map(len, [*stages, *names])), []
+    width, lines = max(len(name) for name in [*stages, *TYPES]), []
     for stage, found in stages.items():
-        lines += ["", f"{stage:{width + 2}}  needle      z  score before → after each move"]
-        for name, row in found["needle"].items():
+        lines.append(f"\n{stage:{width + 2}}  needle      z  score before → after each move")
+        for name, row in found["rows"].items():
             z = "" if row["z"] is None else f"{row['z']:.1f}"
-            line = f"  {name:{width}}  {row['mean']:+.3f}  {z:>5}"
-            if name == "all":
-                scores = " → ".join(f"{score:.1f}" for score in found["scores"])
-                line += "  {} (95% interval of the change {low:+.1f} … {high:+.1f})".format(scores, **found["change"])
-            else:
-                line += f"  {found['types_before'][name]:.1f} → {found['types_after'][name]:.1f}"
-            lines.append(line)
+            scores = " → ".join(f"{score:.1f}" for score in row["scores"])
+            lines.append(f"  {name:{width}}  {row['needle']:+.3f}  {z:>5}  {scores}")
+        lines[-1] += " (95% interval of the change {:+.1f} … {:+.1f})".format(*found["change"])
     return "\n".join(lines)
 
 
@@ -174,48 +184,59 @@ def main(argv: list[str] | None = None) -> None:
         allow_abbrev=False,
     )
     parser.error = fail
-    parser.add_argument("--pairs", type=int, metavar="N", help="of each type; if not given, all")
-    parser.add_argument("--draws", type=int, default=3, metavar="N", help="draws of N states, averaged (default: 3)")
-    parser.add_argument("--moves", type=int, default=8, metavar="N", help="of the class tokens (default: 8)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="a file for the figures")
+    add = parser.add_argument
+    add("--pairs", type=int, default=10**9, metavar="N", help="of each type; if not given, all")
+    add("--draws", type=int, default=3, metavar="N", help="draws of N states, averaged (default: 3)")
+    add("--moves", type=int, default=8, metavar="N", help="of the class tokens (default: 8)")
+    add("--json", type=Path, metavar="FILE", help="a file for the figures")
     own, rest = parser.parse_known_args(argv)
-    if min(own.draws, own.pairs or 1) < 1 or own.moves < 0:
+    if min(own.draws, own.pairs) < 1 or own.moves < 0:
         raise UserError("--draws and --pairs must be at least 1, --moves at least 0")
     if own.json and not own.json.absolute().parent.is_dir():
         raise UserError(f"--json {own.json}: there is no such folder")
     args = parse_args([*rest, "--steps", "1000000000"])  # --projection-steps are a part of them
+    args.draws, args.moves = own.draws, own.moves
     if not args.mmvp:
         raise UserError("--mmvp is needed: the hub's MMVP/MMVP_VLM, or a folder in its layout")
-    if args.data == ["synthetic"] and (args.projection_steps or args.projection == "fitted"):
-        raise UserError("--data synthetic: the linear layer is fitted to images, or trained on them; name some")
-
-    device = join_processes()
-    args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
-    found = read_mmvp(args.mmvp)
-    kept = {name: [pair for pair in found if pair.type == name][: own.pairs] for name in {p.type for p in found}}
-    found = [pair for pair in found if pair in kept[pair.type]]
-    args.steps = max(1, args.projection_steps)
-    parts = clip, diffusion, conditioner, dataset = build(args, device, open_images(args.data))
-    passes = 2 * len(found) * own.draws * args.states * max(1, own.moves) * (2 if args.projection_steps else 1)
-    passes += args.projection_steps * args.batch_size * args.states
-    tflop = 1.671 * (dataset.size / 512) ** 2
-    print(f"{passes:,} passes of the U-Net, forward and back; with Stable Diffusion's, {passes * tflop:,.0f} TFLOP")
-    pairs = Pairs(clip, diffusion, found, dataset.size, device)
-    conditioner.requires_grad_(False)
-    stages = {f"{args.projection} start": measure(parts, pairs, own, args.micro_batch, args.seed)}
-    if args.projection_steps:
-        conditioner.requires_grad_(True)
-        optimizer = build_optimizer(args, conditioner)
-        keys = batch_keys(0, args.steps, args.batch_size, args.micro_batch, 0, 1)
-        batches = read_batches(dataset, keys, args.workers, device)
-        algorithm_1(args, clip, diffusion, conditioner, optimizer, batches, Bar(args.steps))
-        conditioner.requires_grad_(False)
-        after = f"linear layer after step {args.projection_steps}"
-        stages[after] = measure(parts, pairs, own, args.micro_batch, args.seed)
-    print(text(stages))
+    if args.data == ["synthetic"] and args.projection_steps:
+        raise UserError("--data synthetic: the linear layer is trained on images; name some")
+    with joined_processes() as device:
+        if dist.get_world_size() > 1:
+            raise UserError("one process does it all: start feedback.py with python")
+        args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
+        benchmark = read_mmvp(args.mmvp)
+        names = type_names([pair.type for pair in benchmark])
+        of_type = [[pair for pair in benchmark if pair.type == name] for name in names]
+        benchmark = [pair for pairs in of_type for pair in pairs[: own.pairs]]
+        stages = follow(args, device, benchmark)
     if own.json:
-        own.json.write_text(json.dumps(dict(args=vars(args), pairs=len(found), stages=stages), indent=2) + "\n")
-    dist.destroy_process_group()
+        content = dict(args=vars(args), pairs=len(benchmark), stages=stages)
+        own.json.write_text(json.dumps(content, indent=2) + "\n")
+    print(text(stages))
+
+
+def follow(args, device: torch.device, benchmark: list[Pair]) -> dict[str, dict]:
+    """The figures of `measure` at the start of the linear layer and, with --projection-steps, after them."""
+    clip, diffusion, conditioner = build(args, device)
+    size, layer_steps = diffusion.image_size(args.image_size), args.projection_steps
+    images = TrainingImages(open_images(args.data), size, args.batch_size, args.seed)
+    passes = 2 * len(benchmark) * args.draws * args.states * max(1, args.moves) * (2 if layer_steps else 1)
+    passes += layer_steps * args.batch_size * args.states
+    tflop = passes * 1.671 * (size / 512) ** 2
+    print(f"{passes:,} passes of the U-Net, forward and back; with Stable Diffusion's, {tflop:,.0f} TFLOP", flush=True)
+    if args.projection == "fitted":
+        fit_projection(args, clip, conditioner, images)
+    pairs = Pairs(clip, diffusion, benchmark, size, device)
+    stages = {f"{args.projection} start": measure(args, diffusion, conditioner, pairs)}
+    if layer_steps:
+        layer = list(conditioner.projection.parameters())
+        optimizer = build_optimizer(args, conditioner, layer, args.projection_lr)
+        keys = batch_keys(0, layer_steps, args.batch_size, args.micro_batch, 0, 1)
+        batches = read_batches(images, keys, args.workers, device)
+        run, steps = Bar(layer_steps), range(layer_steps)
+        algorithm_1(args, clip, diffusion, conditioner, optimizer, batches, run, steps)
+        stages[f"linear layer after step {layer_steps}"] = measure(args, diffusion, conditioner, pairs)
+    return stages
 
 
 if __name__ == "__main__":

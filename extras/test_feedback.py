@@ -1,16 +1,15 @@
 """extras/feedback.py: the gradient is the loss's own slope, the needle is the slope of the margins along it."""
 
-import argparse
+import copy
 import json
-import sys
-from pathlib import Path
+from operator import attrgetter
 
 import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 import train
+from condition import draw_patches
 from extras import feedback
 from harness.errors import UserError
 from harness.mmvp import read_mmvp
@@ -22,12 +21,16 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def seen() -> tuple:
-    """The miniature's parts as train.py builds them, and five pairs of its benchmark."""
-    args = parse_args(["--data=synthetic", "--projection=random", "--states=2"])
-    args.precision = "fp32"
-    parts = train.build(args, CPU, None)
-    parts[2].requires_grad_(False)
-    return parts, feedback.Pairs(parts[0], parts[1], read_mmvp(f"{MINIATURE}/mmvp")[:450:90], 64, CPU)
+    """The miniature's settings, φ, what carries tokens to it, and five pairs of its benchmark."""
+    args = parse_args(["--data=synthetic", "--projection=random", "--states=2", "--micro-batch=4"])
+    args.precision, args.draws, args.moves = "fp32", 2, 8
+    clip, diffusion, conditioner = train.build(args, CPU)
+    return (
+        args,
+        diffusion,
+        conditioner,
+        feedback.Pairs(clip, diffusion, read_mmvp(f"{MINIATURE}/mmvp")[:450:90], 64, CPU),
+    )
 
 
 def margins(pairs: feedback.Pairs, cls: torch.Tensor) -> torch.Tensor:
@@ -41,7 +44,7 @@ def margins(pairs: feedback.Pairs, cls: torch.Tensor) -> torch.Tensor:
 
 def test_the_needle_is_the_slope_of_the_margins(seen):
     """Against a difference quotient; 1 on the average where the gradient is the words' own, 0 where it is across."""
-    _, pairs = seen
+    pairs = seen[-1]
     gradient = torch.from_numpy(np.random.default_rng(0).normal(size=pairs.cls.shape)).float()
     slopes = torch.autograd.functional.jacobian(lambda cls: margins(pairs, cls), pairs.cls)  # (pairs, images, D)
     words = slopes.sum(0)  # an image is in one pair only
@@ -61,40 +64,41 @@ def test_the_needle_is_the_slope_of_the_margins(seen):
 
 
 def test_the_gradient_is_the_slope_of_each_images_loss(seen):
-    """Each image's own loss, the mean over two draws, rises along its gradient, whatever else is in the batch."""
-    parts, pairs = seen
-    _, diffusion, conditioner, dataset = parts
-    gradient = feedback.feedback(parts, pairs, pairs.cls, draws=2, at_once=3, seed=5, what="")
+    """Against a difference quotient of each image's own loss, the mean over two draws, written out in float64."""
+    args, diffusion, conditioner, pairs = seen
+    gradient = feedback.feedback(args, diffusion, conditioner, pairs, pairs.cls, seed=5).double()
+    conditioner, unet = copy.deepcopy(conditioner).double(), copy.deepcopy(diffusion.unet).double()
+    local, text, latents, alphas = (
+        t.double() for t in (pairs.local, diffusion.text, pairs.latents, diffusion.alphas_cumprod)
+    )
 
     @torch.no_grad()
     def loss(i: int, token: torch.Tensor) -> float:
-        found = []
+        losses = []
         for draw in range(2):
-            drawn = dataset.draw(np.random.default_rng((5, draw, i)))
-            drawn = {key: torch.from_numpy(value)[None] for key, value in drawn.items()}
-            condition = conditioner.condition(token[None], pairs.local[[i]], diffusion.text)
-            found.append(train.denoising_loss(diffusion, pairs.latents[[i]], condition, **drawn).double())
-        return float(sum(found) / 2)
+            rngs = train.image_rngs(5, [(draw, i)])
+            timesteps, noise = train.draw_noise((2, 4, 8, 8), 500, 1000, rngs)
+            alpha = alphas[timesteps[0]][:, None, None, None]
+            noisy = alpha**0.5 * latents[i] + (1 - alpha) ** 0.5 * noise[0]
+            condition = conditioner.from_tokens(token[None], local[[i]], text, draw_patches(conditioner.recap, 2, rngs))
+            losses.append(((unet(noisy, timesteps[0], condition[0]).sample - noise[0]) ** 2).mean().item())
+        return sum(losses) / 2
 
     for i in (0, 4, 9):
-        token, slope = pairs.cls[i], gradient[i]
-        h = 0.02 * token.norm() / slope.norm()
-        assert (loss(i, token + h * slope) - loss(i, token - h * slope)) / (2 * h) == pytest.approx(
-            float(slope.square().sum()), rel=0.03
-        )
+        token, slope = pairs.cls[i].double(), gradient[i]
+        h = 1e-3 * token.norm() / slope.norm()
+        rise = (loss(i, token + h * slope) - loss(i, token - h * slope)) / (2 * h.item())
+        assert rise == pytest.approx(slope.square().sum().item(), rel=1e-3)
 
 
 def test_moves_along_the_words_win_every_pair(seen, monkeypatch):
-    parts, pairs = seen
-    own = argparse.Namespace(draws=1, moves=8)
-
-    def words(parts, pairs, cls, *rest):
+    def words(args, diffusion, conditioner, pairs, cls, seed):
         return -torch.autograd.functional.jacobian(lambda cls: margins(pairs, cls), cls).sum(0)
 
     monkeypatch.setattr(feedback, "feedback", words)
-    found = feedback.measure(parts, pairs, own, 8, 0)
-    assert found["scores"][0] < found["scores"][-1] == 100 and len(found["scores"]) == 9
-    assert found["needle"]["all"]["mean"] == pytest.approx(1, abs=1e-4)
+    row = feedback.measure(*seen)["rows"]["all"]
+    assert row["scores"][0] < row["scores"][-1] == 100 and len(row["scores"]) == 9
+    assert row["needle"] == pytest.approx(1, abs=1e-4)
 
 
 def test_the_command_prints_and_writes_its_figures(tmp_path, capsys):
@@ -103,19 +107,40 @@ def test_the_command_prints_and_writes_its_figures(tmp_path, capsys):
     stages = json.loads((tmp_path / "f.json").read_text())["stages"]
     printed = capsys.readouterr().out
     assert list(stages) == ["random start", "linear layer after step 2"]
-    first, second = (stage["needle"] for stage in stages.values())
+    first, second = (stage["rows"] for stage in stages.values())
     assert len(first) == 10 and first != second  # nine types and all: the layer has learnt
-    assert all(f"{row['mean']:+.3f}" in printed for stage in (first, second) for row in stage.values())
+    assert all(f"{row['needle']:+.3f}" in printed for rows in (first, second) for row in rows.values())
+
+
+@pytest.mark.parametrize(
+    "part, path, sentence",
+    [
+        (0, "model.visual", "CLIP's tokens of the benchmark's images"),
+        (0, "model.transformer", "CLIP's embeddings of the benchmark's statements"),
+        (1, "vae.encoder", "the latents of the benchmark's images"),
+        (2, "projection", "the gradient of the denoising loss"),
+    ],
+)
+def test_figures_that_are_not_finite_are_refused(part, path, sentence, monkeypatch):
+    def build(*args):
+        parts = train.build(*args)
+        next(attrgetter(path)(parts[part]).parameters()).data.view(-1)[0] = float("nan")
+        return parts
+
+    monkeypatch.setattr(feedback, "build", build)
+    options = "--pairs 1 --draws 1 --moves 0 --states 1 --projection random --data synthetic"
+    with pytest.raises(UserError, match=f"{sentence}: not finite"):
+        feedback.main(options.split())
 
 
 @pytest.mark.parametrize(
     "options, sentence",
     [
         ("--draws 0", "--draws and --pairs must be at least 1"),
+        ("--pairs 0", "--draws and --pairs must be at least 1"),
         ("--json nowhere/f.json", "there is no such folder"),
-        ("--recipe openai-vit-l-14-224 --data synthetic --mmvp=", "--mmvp is needed"),
-        ("--data synthetic", "the linear layer is fitted to images"),
-        ("--recipe openai-vit-l-14-224 --mmvp x", "--data is needed"),
+        ("--recipe openai-vit-l-14-224 --data synthetic --mmvp none", "--mmvp is needed"),
+        ("--data synthetic --projection random --projection-steps 1", "the linear layer is trained on images"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(options, sentence):
