@@ -1,10 +1,10 @@
-"""A run as a page to read, and as a model card: the verdict, the scores, the pairs that changed, the curves.
+"""A run as a page to read, and as a model card: the verdict in words, the scores, the curves, the pictures.
 
     python extras/report.py runs/l14
     python extras/report.py runs/l14 --mmvp MMVP_VLM  # where the benchmark's images are, if they have moved
 
 Writes RUN/report.html, one file that needs no other, and, once the run is finished, the card RUN/clip/README.md.
-Nothing is scored again: the figures are those in RUN/mmvp. All settings are in RUN/args.json.
+Nothing is scored again: the figures are those of RUN/mmvp and, for CLIPs kept along the run, of RUN/mmvp-steps.
 """
 
 import argparse
@@ -13,9 +13,9 @@ import contextlib
 import csv
 import io
 import json
+import re
+import shlex
 import sys
-from collections import Counter
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from string import Template
@@ -24,171 +24,226 @@ import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from evaluate_mmvp import EMBEDDINGS, verdict
-from extras.card import card, summary
+from evaluate_mmvp import EMBEDDINGS
 from harness.checkpoint import read_state
-from harness.errors import UserError, brief, fail, one_sentence
+from harness.errors import UserError, brief, fail, one_sentence, say
 from harness.files import write_whole
 from harness.mmvp import read_mmvp
+from harness.recipes import beyond_the_paper
+from harness.scores import average, change, interval, type_names, type_scores, verdict
 
-PICTURES = 100  # pairs shown with their pictures, at most: 2 to 3 MB
+SHOWN = 100  # of the pairs that changed, at most: 2 to 3 MB
 NAMES = ("type", "id1", "id2", "statement1", "statement2")  # of a pair
+SUMMARY = (
+    "{clip} learnt from {diffusion}, on {data}: {taken:,} of {steps:,} steps of {batch_size} images, recipe {recipe}, "
+    "recap {recap}, text by {join}, N = {states}, {optimizer} at {lr}, seed {seed}, {precision}; {versions}."
+)
+CARD = """---
+library_name: open_clip
+pipeline_tag: zero-shot-image-classification
+---
+
+<h1>$clip, after diffusion feedback</h1>
+<p>$method</p>
+<p>$summary</p>
+<p>$verdict</p>
+<table>$table</table>
+
+The vision tower was trained further, on images without captions: its features are the condition of a frozen diffusion
+model, whose loss is the feedback. `open_clip.create_model_and_transforms("local-dir:FOLDER")` loads this CLIP.
+The weights keep the licence of the CLIP that they come from; this card claims none.
+"""
 
 
-@dataclass
-class Run:
-    """What a run has left. From `pairs` on all is empty where there are no scores to show."""
+class Html(str):
+    """Text that is HTML already."""
 
-    folder: Path
-    args: dict  # as in args.json
-    finished: bool
-    curves: dict[str, np.ndarray]  # the loss and the learning rate, a number a step
-    pairs: int = 0
-    changed: tuple | list = ()  # of each pair won or lost its NAMES, and `changes`: embedding, outcome, margins
-    rows: tuple | list = ()  # the table of the scores; the first row is its head
-    verdict: str = "Not scored"
+
+def fill(template: str, **values) -> Html:
+    """`template` with its $values: the one place where text becomes HTML, and where it is escaped, as one line.
+
+    Html stays as it is; of a list, so do its elements. In a card, Markdown leaves what is inside of HTML alone.
+    """
+
+    def safe(value) -> str:
+        if isinstance(value, list):
+            return "".join(map(safe, value))
+        return value if isinstance(value, Html) else escape(" ".join(str(value).split()))
+
+    return Html(Template(template).substitute({name: safe(value) for name, value in values.items()}))
 
 
 @contextlib.contextmanager
 def reading(path: Path):
-    """UserError, with `path`, for whatever is found there that no run has written."""
+    """UserError, with `path`, for whatever goes wrong with what is found there."""
     try:
-        yield path
-    except Exception as error:  # csv, json, numpy and what is looked for in vain each raise their own
-        raise UserError(f"{path}: not what a run writes ({type(error).__name__}: {brief(error)})") from None
+        yield
+    except Exception as error:  # csv, json, numpy, Pillow and what is looked for in vain each raise their own
+        raise UserError(f"{path}: cannot be read ({type(error).__name__}: {brief(error)})") from None
 
 
-def read_run(folder: Path) -> Run:
-    """UserError: there is no run in `folder`, it has taken no step yet, or one of its files is not a run's."""
+def describe(path: Path, taken: int) -> tuple[dict, dict]:
+    """A run's settings, and what a page and a card say of it after `taken` steps; of paths their last two parts."""
+    with reading(path):
+        args = json.loads(path.read_text(encoding="utf-8"))
+        names = [args["clip"], args["diffusion"], args["mmvp"] or "", *args["data"][:3]]
+        clip, diffusion, mmvp, *data = ("/".join(name.split("/")[-2:]) for name in names)
+        words = dict(clip=clip, diffusion=diffusion, mmvp=mmvp, taken=taken, data=", ".join(data))
+        words["data"] += " and more" if len(args["data"]) > 3 else ""
+        words["versions"] = ", ".join(f"{name} {version}" for name, version in args["versions"].items())
+        words["summary"], deviations = SUMMARY.format_map(args | words), beyond_the_paper(args)
+        for old, new in zip(args["code"], args["code"][1:]):
+            changed = ", ".join(name for name in new if name != "step" and new[name] != old.get(name))
+            deviations.append(f"from step {new['step']} on with another {changed}")
+        if args["random_weights"]:
+            words["summary"] += " Its weights were random at the start, so there is nothing to score."
+    words["method"] = "By its settings, the method is DIVA's (arXiv 2407.20171)"
+    words["method"] += f", but for: {'; '.join(deviations)}." if deviations else "."
+    return args, words
+
+
+def figure(name: str, lines: list[np.ndarray], last: int) -> Html:
+    """Lines over the steps 0 to `last`, in one frame; each is (n, 2), step and number; the last one is in colour."""
+    values, drawn = np.concatenate(lines)[:, 1], []
+    low, high = values.min(), values.max()
+    if not np.isfinite(values).all():
+        raise ValueError("a number is not finite")
+    for line in lines:
+        dots = [f"{x / (last or 1):.4f},{(high - y) / ((high - low) or 1):.4f}" for x, y in line]
+        drawn.append(fill('<polyline points="$dots"/>', dots=" ".join([*dots, dots[-1]])))  # one alone shows too
+    words = f"{name}: {line[0, 1]:.3g} → {line[-1, 1]:.3g}"
+    template = """<figure><figcaption>$words</figcaption><p>$high</p>
+<svg viewBox="0 0 1 1" preserveAspectRatio="none" role="img" aria-label="$words">$drawn</svg>
+<p><span>$low</span><span>step $last</span></p></figure>"""
+    return fill(template, words=words, drawn=drawn, low=f"{low:.3g}", high=f"{high:.3g}", last=f"{last:,}")
+
+
+def draw_training(path: Path) -> tuple[list[Html], int, int]:
+    """The loss and the learning rate; how many steps were taken, and how many images could not be read."""
+    with reading(path):
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []  # the last may be cut off
+        lines, figures = json.loads("[" + ",\n".join(lines) + "]"), []  # at once, so that an error names the line
+        if not lines:
+            raise ValueError("no step was taken yet")
+        for key, name in (("loss", "Loss"), ("lr", "Learning rate")):
+            values = np.array([[i + 0.5, float(line[key])] for i, line in enumerate(lines)])
+            parts = [np.array_split(values, min(count, len(lines))) for count in (300, 20)]  # what is drawn are means
+            figures.append(figure(name, [np.array([part.mean(0) for part in some]) for some in parts], len(lines)))
+        return figures, len(lines), int(lines[-1]["unreadable"])
+
+
+def draw_scores(path: Path) -> list[Html]:
+    """The scores of CLIPs kept along a run, with their intervals, over the steps in their names."""
+    with reading(path):
+        clips, figures = json.loads(path.read_text(encoding="utf-8"))["clips"], []
+        steps = [re.search("clip-([0-9]+)/?$", clip["clip"]) for clip in clips]
+        if not all(steps[1:]):  # the first one may be the untouched CLIP
+            raise ValueError("a CLIP's name tells no step, as clip-000100 does")
+        steps = [int(step[1]) if step else 0 for step in steps]
+        for e in EMBEDDINGS:
+            lines = [np.array([[k, float(c[e]["low"])], [k, float(c[e]["high"])]]) for k, c in zip(steps, clips)]
+            lines.append(np.array(sorted([k, float(c[e]["average"])] for k, c in zip(steps, clips))))
+            figures.append(figure(f"Pairs right by {e}, %", lines, max(steps)))
+    note = "Grey: 95% intervals. The best of several is chosen with the benchmark in hand: score it on other pairs."
+    return [*figures, fill("<p>$note</p>", note=note)]
+
+
+def read_pairs(path: Path) -> tuple[list[dict], list[dict]]:
+    """The pairs, with what changed in each; and before and after, embedding → which pairs are right, (pairs,) bool."""
+    with reading(path), open(path, newline="", encoding="utf-8") as file:
+        rows, outcomes = list(csv.DictReader(file, strict=True)), {"0": False, "1": True}
+        clips = rows[: len(rows) // 2], rows[len(rows) // 2 :]
+        pairs, same = ([{name: row[name] for name in NAMES} for row in clip] for clip in clips)
+        if not pairs or pairs != same:
+            raise ValueError("the pairs of the two CLIPs differ")
+        rights = [{e: np.array([outcomes[r[f"{e} right"]] for r in clip]) for e in EMBEDDINGS} for clip in clips]
+    for i, pair in enumerate(pairs):
+        changed = [e for e in EMBEDDINGS if rights[0][e][i] != rights[1][e][i]]
+        pair["changes"] = [("won" if rights[1][e][i] else "lost", e) for e in changed]
+    return pairs, rights
+
+
+def column(values: np.ndarray, types: list[str], form: str = "{:.1f}") -> list[str]:
+    """Of one value a pair, in percent: the means of the types, their average and its interval."""
+    figures = [*type_scores(values, types).values(), average(values, types)]
+    return [*map(form.format, figures), f"{form} … {form}".format(*interval(values, types))]
+
+
+def table(rights: list[dict], types: list[str]) -> list[Html]:
+    """The scores by type, for each embedding before, after, and the change."""
+    columns = [["Pairs right, %", *type_names(types), "Average", "95% interval"]]
+    for e in EMBEDDINGS:
+        before, after = (right[e].astype(int) for right in rights)
+        columns.append([f"{e} before", *column(before, types)])
+        columns.append([f"{e} after", *column(after, types)])
+        columns.append([f"{e} change", *column(after - before, types, "{:+.1f}")])
+    rows = [[fill("<td>$cell</td>", cell=cell) for cell in row] for row in zip(*columns)]
+    return [fill("<tr>$row</tr>\n", row=row) for row in rows]
+
+
+def picture(path: Path, side: int, kind: str) -> Html:
+    """An image, at most `side` pixels wide and high, as part of the page."""
+    with reading(path), Image.open(path) as image:
+        image.thumbnail((side, side))
+        image.convert("RGB").save(file := io.BytesIO(), kind, quality=85)
+    content = base64.b64encode(file.getvalue()).decode()
+    return fill('<img alt="" src="data:image/$kind;base64,$content">', kind=kind, content=content)
+
+
+def show_changes(pairs: list[dict], mmvp: str) -> Html:
+    """The pairs won and lost, spread over types and outcomes, with their images where `mmvp` has them."""
+    changed = [pair for pair in pairs if pair["changes"]]
+    kinds = [(pair["type"], pair["changes"][0]) for pair in changed]
+    turns = [kinds[:k].count(kind) for k, kind in enumerate(kinds)]  # the first of each kind, then the second of each
+    shown = [changed[k] for k in sorted(np.argsort(turns, kind="stable")[:SHOWN])]
+    note = f"{len(changed):,} of {len(pairs):,} pairs changed; {len(shown)} are shown."
+    try:
+        images = {(p.type, *p.ids, *p.statements): p.images for p in read_mmvp(mmvp)}
+        for pair in shown:
+            paths = images.get(tuple(pair[name] for name in NAMES))
+            if not paths:
+                raise UserError(f"{mmvp}: not the benchmark that was scored")
+            pair["images"] = [picture(path, 224, "jpeg") for path in paths]
+    except (UserError, OSError) as gone:
+        say(missing := f"Without images, which --mmvp PATH brings back: {brief(gone)}")
+        note += " " + missing
+    template = """<article><h3>$type <small>$id1, $id2</small></h3>$images<p>$statement1</p><p>$statement2</p>$outcomes
+</article>"""
+    for pair in shown:
+        pair["outcomes"] = [fill('<b class="$how">$how in $e</b>', how=how, e=e) for how, e in pair["changes"]]
+    cards = [fill(template, **dict(images="") | pair) for pair in shown]
+    return fill("<h2>Pairs won and lost</h2><p>$note</p><div>$cards</div>", note=note, cards=cards)
+
+
+def report(folder: Path, mmvp: str | None = None) -> dict[Path, Html]:
+    """The page of the run in `folder`, and the card if it is finished. `mmvp`: where the benchmark is now.
+
+    Raises:
+        UserError: there is no run, it has taken no step yet, or one of its files is not what a run writes.
+    """
     if not (folder / "args.json").is_file():
         raise UserError(f"{folder}: no run in this folder (args.json is missing)")
-    with reading(folder / "args.json") as path:
-        args = json.loads(path.read_text(encoding="utf-8"))
-        args |= {key: str(args[key] or "") for key in ("recipe", "clip", "diffusion", "mmvp")}
-        args |= {key: args[key] for key in ("recap", "join", "states", "lr", "seed", "precision", "random_weights")}
-        args |= dict(data=list(map(str, args["data"])), versions=dict(args["versions"]))
-        args |= dict(steps=int(args["steps"]), batch_size=int(args["batch_size"]))
-    with reading(folder / "metrics.jsonl") as path:
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []  # the last may be cut off
-        lines = json.loads("[" + ",\n".join(lines) + "]")  # at once, so that an error names the line
-        curves = {key: np.array([float(line[key]) for line in lines]) for key in ("loss", "lr")}
-        if not all(np.isfinite(values).all() for values in curves.values()):
-            raise ValueError("a number is not finite")
-    if not lines:
-        raise UserError(f"{folder}: this run has taken no step yet")
-    run = Run(folder, args, (read_state(folder / "checkpoint") or {}).get("step") == args["steps"], curves)
-    if (folder / "mmvp" / "scores.json").exists() and not args["random_weights"]:
-        read_scores(run)
-    return run
-
-
-def read_scores(run: Run) -> None:
-    """Fills in what follows from the run's scores. UserError: they are not what a run writes."""
-    with reading(run.folder / "mmvp" / "pairs.csv") as path:
-        rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"), newline=""), strict=True))
-        run.pairs, run.changed, counts = len(rows) // 2, [], Counter()
-        for both in zip(rows[: run.pairs], rows[run.pairs :], strict=True):  # before and after
-            pair, same = ({name: str(row[name]) for name in NAMES} for row in both)
-            if pair != same:
-                raise ValueError("the pairs of the two CLIPs differ")
-            pair["changes"] = []
-            for e in (e for e in EMBEDDINGS if both[0][f"{e} right"] != both[1][f"{e} right"]):
-                outcome = "won" if both[1][f"{e} right"] == "1" else "lost"
-                margins = [float(r[f"{e} s{s} i{s}"]) - float(r[f"{e} s{s} i{3 - s}"]) for s in (1, 2) for r in both]
-                pair["changes"].append((e, outcome, margins))
-                counts[e, outcome] += 1
-            if pair["changes"]:
-                run.changed.append(pair)
-    with reading(run.folder / "mmvp" / "scores.json") as path:
-        clips, changes = json.loads(path.read_text(encoding="utf-8"))["clips"], []
-        types = list(clips[0]["cls"]["types"])
-        run.rows = [["pairs right, %"], *([name] for name in types), ["Average"], ["95% interval"]]
-        for e, change in zip(EMBEDDINGS, clips[1]["change"], strict=True):
-            changes.append(dict(embedding=e, won=counts[e, "won"], lost=counts[e, "lost"]))
-            changes[-1] |= {key: float(change[key]) for key in ("points", "low", "high", "p")}
-            if any(change[key] != value for key, value in changes[-1].items()):
-                raise ValueError("its scores are not those of pairs.csv")
-            before, after = (clip[e] for clip in clips)
-            scores = [(before["types"][name], after["types"][name]) for name in types]
-            run.rows[0] += [f"{e} before", f"{e} after", f"{e} change"]
-            for row, (old, new) in zip(run.rows[1:], [*scores, (before["average"], after["average"])]):
-                row += [f"{old:.1f}", f"{new:.1f}", f"{new - old:+.1f}"]
-            run.rows[-1] += ["{low:.1f} … {high:.1f}".format(**clip) for clip in (before, after)]
-            run.rows[-1] += ["{low:+.1f} … {high:+.1f}".format(**change)]
-        run.verdict = verdict(changes, run.pairs)
-
-
-def curve(name: str, values: np.ndarray) -> str:
-    """A number over the steps: at most 300 means of neighbouring steps, and 20 that show the course of a noisy one."""
-    lines = [[part.mean() for part in np.array_split(values, min(n, len(values)))] for n in (300, 20)]
-    low, high, drawn = min(lines[0]), max(lines[0]), ""
-    for line in lines:
-        points = [f"{(i + 0.5) / len(line):.4f},{(high - y) / ((high - low) or 1):.4f}" for i, y in enumerate(line)]
-        drawn += f'<polyline points="{" ".join([*points, points[-1]])}"/>'  # a point alone would not be drawn
-    tenth = max(1, len(values) // 10)
-    words = f"mean of the first tenth {values[:tenth].mean():.3g}, of the last {values[-tenth:].mean():.3g}"
-    drawn = f'<svg viewBox="0 0 1 1" preserveAspectRatio="none" role="img" aria-label="{name}: {words}">{drawn}</svg>'
-    drawn = f"<p>{high:.3g}</p>{drawn}<p><span>{low:.3g}</span><span>step {len(values):,}</span></p>"
-    return f"<figure><figcaption>{name}<small>{words}</small></figcaption>{drawn}</figure>"
-
-
-def pictures(pair: dict, benchmark: dict) -> str:
-    """Both images of a pair, at most 224 pixels wide and high. UserError: one is not readable, or another pair's."""
-    there, images = benchmark.get((pair["id1"], pair["id2"])), ""
-    if there is None or [there.type, *there.statements] != [pair[k] for k in ("type", "statement1", "statement2")]:
-        raise UserError(f"not the benchmark that was scored (pair {pair['id1']}, {pair['id2']} differs)")
-    for path in there.images:
-        try:
-            with Image.open(path) as image:
-                image.thumbnail((224, 224))
-                image.convert("RGB").save(jpeg := io.BytesIO(), "JPEG", quality=85)
-        except Exception as error:  # Pillow raises almost any exception on a broken file
-            raise UserError(f"{path}: not a readable image ({brief(error)})") from None
-        images += f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(jpeg.getvalue()).decode()}">'
-    return images
-
-
-def changed_pairs(run: Run, mmvp: str | None) -> str:
-    """The pairs won and lost. `mmvp`: where the benchmark is, if it moved; UserError: it is not there either."""
-    won = [pair for pair in run.changed if pair["changes"][0][1] == "won"]
-    lost, half, cards = [pair for pair in run.changed if pair not in won], PICTURES // 2, ""
-    shown = won[: max(half, PICTURES - len(lost))] + lost[: max(half, PICTURES - len(won))]
-    note, images = f"{len(run.changed):,} of {run.pairs:,} pairs changed; {len(shown)} are shown.", [""] * len(shown)
-    try:
-        benchmark = {pair.ids: pair for pair in read_mmvp(mmvp or run.args["mmvp"])}
-        images = [pictures(pair, benchmark) for pair in shown]
-    except (UserError, OSError) as gone:
-        if mmvp:
-            raise
-        note += f" Without pictures, which --mmvp PATH brings back: {brief(gone)}"
-    for pair, two in zip(shown, images):
-        texts = {name: escape(pair[name]) for name in NAMES}
-        cards += "<article><h3>{type} <small>{id1}, {id2}</small></h3>".format(**texts)
-        cards += two + "<p>{statement1}</p><p>{statement2}</p>".format(**texts)
-        for e, outcome, margins in pair["changes"]:
-            cards += f'<b class="{outcome}">{outcome} in {e}</b>'
-            cards += "<small>{:+.5f} → {:+.5f}</small><small>{:+.5f} → {:+.5f}</small>".format(*margins)
-        cards += "</article>"
-    return f'<p class="note">{escape(note)}</p><div class="cards">{cards}</div>'
-
-
-def page(run: Run, mmvp: str | None = None) -> str:
-    """The report as HTML, where whatever comes from a file is escaped; `mmvp` as in `changed_pairs`."""
-    template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
-    if not run.pairs:
-        template = template[: template.index("<h2>Scores")] + template[template.index("<h2>Training") :]
-    scores = ""
-    for name, *cells in run.rows:
-        cells = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
-        scores += f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>'
-    return Template(template).substitute(
-        folder=escape(str(run.folder)),
-        verdict=escape(run.verdict),
-        summary=escape(summary(run)),
-        scores=scores,
-        changed=changed_pairs(run, mmvp) if run.pairs else "",
-        curves=curve("Loss: mean squared error", run.curves["loss"]) + curve("Learning rate", run.curves["lr"]),
-    )
+    curves, taken, unreadable = draw_training(folder / "metrics.jsonl")
+    args, words = describe(folder / "args.json", taken)
+    if unreadable:
+        words["summary"] += f" {unreadable:,} images could not be read."
+    words |= dict(folder=folder, verdict="Not scored", table="", pairs="", drawn="")
+    if (folder / "mmvp" / "scores.json").exists() and not args["random_weights"]:  # it is written once all is scored
+        pairs, rights = read_pairs(folder / "mmvp" / "pairs.csv")
+        types = [pair["type"] for pair in pairs]
+        words |= dict(verdict=verdict(change(*rights, types), len(pairs)), table=table(rights, types))
+        words["summary"] += f" Scored on {len(pairs):,} pairs of {words['mmvp']}; chance is 25."
+        words["pairs"] = show_changes(pairs, mmvp or args["mmvp"])
+    if (folder / "mmvp-steps" / "scores.json").exists():
+        curves += draw_scores(folder / "mmvp-steps" / "scores.json")
+    if (folder / "reconstruct.png").exists():
+        words["drawn"] = picture(folder / "reconstruct.png", 2000, "png")
+    words |= dict(curves=curves, out=shlex.quote(str(folder)))
+    files = {folder / "report.html": fill(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"), **words)}
+    finished = (read_state(folder / "checkpoint") or {}).get("step") == args["steps"]
+    if finished and (folder / "clip").is_dir():
+        files[folder / "clip" / "README.md"] = fill(CARD, **words)
+    return files
 
 
 def main() -> None:
@@ -197,13 +252,9 @@ def main() -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="the folder that train.py wrote (--out)")
     parser.add_argument("--mmvp", metavar="PATH", help="the benchmark, if it is no longer where the run found it")
     args = parser.parse_args()
-    run = read_run(args.run)
-    files = {args.run / "report.html": page(run, args.mmvp)}
-    if run.finished and (args.run / "clip").is_dir():
-        files[args.run / "clip" / "README.md"] = card(run)
-    for path, content in files.items():
+    for path, content in report(args.run, args.mmvp).items():
         write_whole(path, content)
-    print("written: " + ", ".join(map(str, files)))
+        print(f"written: {path}")
 
 
 if __name__ == "__main__":
