@@ -1,0 +1,197 @@
+"""Pictures of what CLIP tells the diffusion model: what φ draws from a run's conditions, before and after.
+
+    python extras/reconstruct.py runs/miniature rows.png
+    python extras/reconstruct.py runs/l14 rows.png --images photos --count 6
+
+Under each image stands what φ draws from the condition of the untouched CLIP, and from that of the trained one. All
+else is the same: the first noise, the drawn patches, and the linear layer, which is the run's at its end. DDIM adds no
+noise of its own, so two pictures differ only by what the two CLIPs say. There is no classifier-free guidance
+(`--guidance 1`), since training has none: with G, ε is moved from that of the text alone to that of the condition, G
+times the way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from condition import VisualCondition, draw_patches
+from data import open_images, to_rgb
+from harness.checkpoint import load_checkpoint, whole_checkpoint
+from harness.errors import UserError, brief, fail, one_sentence
+from harness.mmvp import read_mmvp
+from model import Clip, Diffusion
+from train import build
+
+
+@dataclass
+class Reconstruction:
+    """A run's parts: φ, and the conditions that CLIP gives it before and after.
+
+    `towers` are the vision tower's weights, untouched and trained; the linear layer is the trained run's.
+    """
+
+    args: argparse.Namespace
+    clip: Clip
+    diffusion: Diffusion
+    conditioner: VisualCondition
+    towers: tuple[dict, dict]
+
+    @property
+    def image_size(self) -> int:
+        return self.diffusion.image_size(self.args.image_size)
+
+    @torch.no_grad()
+    def conditions(self, images: torch.Tensor, seed: int) -> list[torch.Tensor]:
+        """c of images (B, 3, S, S) in [0, 1], from the untouched CLIP and from the trained one: two (B, 1 + K, W)."""
+        rngs = [np.random.default_rng((seed, i)) for i in range(len(images))]
+        patches = draw_patches(self.conditioner.recap, 1, rngs)
+        found = []
+        for tower in self.towers:
+            self.conditioner.visual.load_state_dict(tower)
+            c, _ = self.conditioner(self.clip.prepare(images), self.diffusion.text, patches)  # (B, 1, 1 + K, W)
+            found.append(c[:, 0].float())
+        return found
+
+    def noise(self, count: int, seed: int) -> torch.Tensor:
+        """Where the drawing starts, (count, 4, h, w); an image's own whatever their number."""
+        unet = self.diffusion.unet.config
+        side = self.image_size * unet.sample_size // self.diffusion.image_size()
+        shape = (unet.in_channels, side, side)
+        drawn = [np.random.default_rng((seed, 1, i)).standard_normal(shape, dtype=np.float32) for i in range(count)]
+        return torch.from_numpy(np.stack(drawn)).to(self.diffusion.text.device)
+
+    @torch.no_grad()
+    def draw(
+        self, condition: torch.Tensor, noise: torch.Tensor, steps: int, guidance: float, progress: bool = True
+    ) -> torch.Tensor:
+        """What φ draws: DDIM from `noise` (B, 4, h, w) under c (B, L, W) → pixels in [0, 1], (B, 3, S, S)."""
+        unet, vae = self.diffusion.unet, self.diffusion.vae
+        scheduler = DDIMScheduler.from_pretrained(self.args.diffusion, subfolder="scheduler")
+        scheduler.set_timesteps(steps)
+        latents, condition = noise * scheduler.init_noise_sigma, condition.to(unet.dtype)
+        text = self.diffusion.text.expand(len(noise), -1, -1).to(unet.dtype)
+        for t in tqdm(scheduler.timesteps, desc="draw", unit="step", leave=False, disable=not progress):
+            predicted = unet(latents.to(unet.dtype), t, condition).sample.float()  # ε (or v) of c
+            if guidance != 1:
+                alone = unet(latents.to(unet.dtype), t, text).sample.float()
+                predicted = alone + guidance * (predicted - alone)
+            latents = scheduler.step(predicted, t, latents).prev_sample
+        pixels = [vae.decode(z[None].to(vae.dtype) / vae.config.scaling_factor).sample.float() for z in latents]
+        return (torch.cat(pixels) / 2 + 0.5).clamp(0, 1)
+
+
+def load_run(run: str, device: torch.device) -> Reconstruction:
+    """The parts of the run in the folder `run`. UserError: it is none, or has no weights to show."""
+    try:
+        args = argparse.Namespace(**json.loads(Path(run, "args.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{run}: is no run's folder, its args.json cannot be read ({brief(error)})") from None
+    if args.random_weights:
+        raise UserError(f"{run}: its weights were random at the start, so there is nothing to see")
+    if whole_checkpoint(Path(run, "checkpoint")) is None:
+        raise UserError(f"{run}: has no checkpoint yet, and so no linear layer")
+    args.precision = "bf16" if device.type == "cuda" else "fp32"
+    args.compile = args.grad_checkpointing = False
+    clip, diffusion, conditioner = build(args, device)
+    untouched = {key: value.clone() for key, value in conditioner.visual.state_dict().items()}
+    load_checkpoint(Path(run, "checkpoint"), conditioner)
+    trained = {key: value.clone() for key, value in conditioner.visual.state_dict().items()}
+    return Reconstruction(args, clip, diffusion, conditioner, (untouched, trained))
+
+
+def read_images(args: argparse.Namespace, chosen: list[str] | None, count: int, size: int) -> torch.Tensor:
+    """Up to `count` images, (B, 3, size, size) in [0, 1]: cropped to their middle square, bicubic.
+
+    `chosen` are files, or a folder; if not given, the run's benchmark, one image of a pair, spread over its types, or
+    the run's data. UserError: there are none, or one cannot be read.
+    """
+    if chosen and not Path(chosen[0]).is_dir():
+        files = [(path, Path(path).read_bytes()) for path in chosen[:count]]
+    elif args.mmvp and not chosen:
+        paths = [pair.images[0] for pair in read_mmvp(args.mmvp)]
+        files = [(path, path.read_bytes()) for path in paths[:: max(1, len(paths) // count)][:count]]
+    else:
+        source = open_images(chosen or args.data)
+        if source is None:
+            raise UserError("the run's data are synthetic; name --images")
+        files = [(source.name(i), source.read(i)) for i in range(min(count, len(source)))]
+    pixels = []
+    for name, content in files:
+        try:
+            with Image.open(io.BytesIO(content)) as image:
+                square = ImageOps.fit(to_rgb(image), (size, size), Image.Resampling.BICUBIC)
+        except Exception:  # Pillow raises almost any exception on a broken file
+            raise UserError(f"{name}: not a readable image") from None
+        pixels.append(torch.from_numpy(np.array(square)).permute(2, 0, 1) / 255)
+    return torch.stack(pixels)
+
+
+def sheet(rows: dict[str, torch.Tensor], note: str) -> Image.Image:
+    """Rows of pictures (B, 3, S, S), each with its name at the left, and a line below."""
+    size = next(iter(rows.values())).shape[-1]
+    side = size * max(1, 128 // size) if size <= 256 else 256  # whole pixels, enlarged
+    font, left, gap = ImageFont.load_default(15), 130, 2
+    width = left + (side + gap) * len(next(iter(rows.values())))
+    page = Image.new("RGB", (width, (side + gap) * len(rows) + 24), "white")
+    ink = ImageDraw.Draw(page)
+    resample = Image.Resampling.NEAREST if size <= 128 else Image.Resampling.LANCZOS
+    for r, (name, pictures) in enumerate(rows.items()):
+        ink.text((left - 10, r * (side + gap) + side // 2), name, fill="black", font=font, anchor="rm")
+        for b, pixels in enumerate(pictures.cpu()):
+            picture = Image.fromarray((pixels.permute(1, 2, 0) * 255).round().byte().numpy())
+            page.paste(picture.resize((side, side), resample), (left + b * (side + gap), r * (side + gap)))
+    ink.text((left, page.height - 6), note, fill="black", font=font, anchor="ls")
+    return page
+
+
+def compare(run: Reconstruction, images: torch.Tensor, steps: int, guidance: float, seed: int) -> tuple:
+    """The page of images (B, 3, S, S), and what is the same in its two rows, in words."""
+    noise = run.noise(len(images), seed)
+    before, after = [run.draw(c, noise, steps, guidance) for c in run.conditions(images, seed)]
+    learns = not run.args.freeze_projection or run.args.projection_steps
+    layer = f"the run's, {run.args.projection} at its start, {'then trained' if learns else 'and frozen'}"
+    note = f"same noise, patches and linear layer ({layer}); DDIM, {steps} steps, guidance {guidance:g}"
+    return sheet({"image": images, "untouched CLIP": before, "after training": after}, note), note
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="What the diffusion model draws from CLIP's condition, before and after."
+    )
+    parser.error = fail
+    parser.add_argument("run", metavar="RUN", help="a run's folder")
+    parser.add_argument("file", metavar="FILE.png", help="where the picture goes")
+    images = "a folder, or files (default: of the run's benchmark, or else of its data)"
+    parser.add_argument("--images", nargs="+", metavar="PATH", help=images)
+    parser.add_argument("--count", type=int, default=10, metavar="N", help="at most so many images (%(default)s)")
+    parser.add_argument("--steps", type=int, default=50, metavar="N", help="of DDIM (%(default)s)")
+    parser.add_argument("--guidance", type=float, default=1, metavar="G", help="classifier-free; 1: none (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise and the patches (%(default)s)")
+    own = parser.parse_args()
+    if own.count < 1 or not 1 <= own.steps <= 1000 or own.seed < 0:
+        raise UserError("--count must be at least 1, --steps from 1 to 1000, --seed 0 or more")
+    if Path(own.file).suffix.lower() != ".png" or not Path(own.file).absolute().parent.is_dir():
+        raise UserError(f"{own.file}: must be a FILE.png in a folder that exists")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    run = load_run(own.run, device)
+    images = read_images(run.args, own.images, own.count, run.image_size).to(device)
+    page, note = compare(run, images, own.steps, own.guidance, own.seed)
+    page.save(own.file, optimize=True)
+    print(f"written: {own.file}; {note}")
+
+
+if __name__ == "__main__":
+    with one_sentence("reconstruct.py"):
+        main()
