@@ -74,7 +74,8 @@ def embed_released(
         return both.expand(1, 2, -1, -1)
     if reading.startswith("random:"):
         count = int(reading.removeprefix("random:"))
-        patches = torch.from_numpy(rng.integers(local.shape[1], size=(draws, 2, len(local), count))).to(local.device)
+        patches = rng.integers(local.shape[1], size=(len(local), draws, 2, count))  # image by image, whatever the batch
+        patches = torch.from_numpy(patches).permute(1, 2, 0, 3).to(local.device)  # (draws, 2, B, count)
         ones = torch.ones_like(patches, dtype=local.dtype)
         times = ones.new_zeros(*patches.shape[:3], local.shape[1]).scatter_add_(-1, patches, ones)  # each is drawn
         return normalize(cls + torch.einsum("ksbp,bpd->ksbd", times / count, local), dim=-1)

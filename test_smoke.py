@@ -538,7 +538,7 @@ def test_the_released_reading_is_the_released_rule(reading):
     torch.manual_seed(0)
     cls, local, texts = torch.randn(2, 8), torch.randn(2, 7, 8), torch.nn.functional.normalize(torch.randn(2, 8))
     embeddings = evaluate_mmvp.embed_released(reading, cls, local, np.random.default_rng(3), draws=4)
-    drawn = np.random.default_rng(3).integers(7, size=(4, 2, 2, 5))
+    drawn = np.random.default_rng(3).integers(7, size=(2, 4, 2, 5))
     for k in range(len(embeddings)):
         for s in (0, 1):
             for i in (0, 1):
@@ -549,10 +549,17 @@ def test_the_released_reading_is_the_released_rule(reading):
                 elif reading == "cls+local":
                     x = x / x.norm()
                 elif reading == "random:5":
-                    x = cls[i] + sum(local[i, p] for p in drawn[k, s, i]) / 5
+                    x = cls[i] + sum(local[i, p] for p in drawn[i, k, s]) / 5
                     x = x / x.norm()
                 torch.testing.assert_close(texts[s] @ embeddings[k, s, i], texts[s] @ x)
     assert len(embeddings) == (4 if reading == "random:5" else 1)
+
+
+def test_the_released_score_does_not_depend_on_the_batch():
+    pairs, clip = evaluate_mmvp.read_mmvp(f"{MINIATURE}/mmvp")[::180], model.load_clip("miniature")
+    one, other = (evaluate_mmvp.similarities(clip, pairs, CPU, n, released="random:19") for n in (2, 10))
+    np.testing.assert_allclose(one, other, atol=1e-6)
+    assert RECIPES["two-stage-openai-vit-l-14-224"].released == RECIPES["openai-vit-l-14-224"].released
 
 
 def test_the_best_of_several_draws():

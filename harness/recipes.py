@@ -75,8 +75,8 @@ RECIPES = {
     # Not the paper's: the class token alone, and the linear layer first, as in GenHancer and DCR. AdamW and its rates
     # are GenHancer's, the noise is what served the miniature. It has not been tried at full size.
     "two-stage-openai-vit-l-14-224": Recipe(
-        "ViT-L-14-quickgelu:openai", "none", "mean", steps=5600, projection_steps=1000, projection_lr=1e-4,
-        freeze_projection=True, timesteps="500:1000", optimizer="adamw", lr=1e-5,
+        "ViT-L-14-quickgelu:openai", "none", "mean", released="random:76", steps=5600, projection_steps=1000,
+        projection_lr=1e-4, freeze_projection=True, timesteps="500:1000", optimizer="adamw", lr=1e-5,
     ),
 }  # fmt: skip
 
