@@ -21,6 +21,7 @@ from transformers import AutoTokenizer
 
 from condition import VisualCondition, visual_tokens
 from data import TrainingImages, collate, to_device
+from harness.errors import UserError
 from harness.pretrained import quiet
 from model import Clip, embed_texts
 
@@ -65,8 +66,10 @@ def fit_projection(args, clip: Clip, conditioner: VisualCondition, images: Train
     the phrases' mean, and to their mean square distance from it.
 
     Raises:
-        UserError: CLIP has no tokenizer, or an image cannot be read.
+        UserError: CLIP has no tokenizer, or there are fewer than two images, or one that cannot be read.
     """
+    if len(images) < 2:
+        raise UserError("--projection fitted: needs two images at least; use --projection random")
     device = conditioner.projection.weight.device
     phrases, states = embed_phrases(clip, args.diffusion, args.text)
     tokens = class_tokens(clip, images, min(1000, len(images)), device)

@@ -27,8 +27,8 @@ from harness.sources import ImageFiles, Shards, named_paths
 
 SYNTHETIC = 1_000_000  # images in the set `synthetic`
 MAX_REPLACEMENTS = 30  # tried for one image before the run stops
-ORIENTATION = 0x0112  # in EXIF: how the camera was held, 1 to 8; from 5 on width and height change places
-TURNS = {
+ORIENTATION = 0x0112  # EXIF's tag: how the camera was held, 1 to 8; from 5 on, width and height change places
+TURNS = {  # what brings a picture of each orientation upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -158,7 +158,7 @@ def open_images(source: Sequence[str], progress: bool = True) -> ImageFiles | Sh
     paths = [path for name in source for path in named_paths(name)]
     missing = [path for path in paths if not os.path.isfile(path) and not os.path.isdir(path)]
     if missing:
-        names = ", ".join(missing)
+        names = ", ".join(missing[:20]) + (f" and {len(missing) - 20:,} more" if len(missing) > 20 else "")
         raise UserError(f"{names}: no such file or folder (--data takes a folder, shards or a glob of shards)")
     folders = [path for path in paths if os.path.isdir(path)]
     if folders and len(paths) > 1:
@@ -183,9 +183,10 @@ def batch_keys(first: int, steps: int, batch_size: int, micro_batch: int, rank: 
 
 
 def read_batches(dataset: TrainingImages, keys: Iterator, workers: int, device: torch.device) -> Iterator[dict]:
-    """The batches of `keys` on `device`, see `to_device`; up to `workers` of them are read ahead, each by a thread.
+    """The batches of `keys`, ready for `device` (see `to_device`); `workers` of them are read ahead, each by a thread.
 
-    Threads and not processes: Pillow works outside of Python's lock, and what stops or ends the run cannot miss them.
+    Pillow works outside of Python's lock, so threads are enough; unlike processes, they end with the run, however it
+    ends, and need no memory to hand images over in.
     """
 
     def read(batch: list, into: Future) -> None:

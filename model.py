@@ -189,7 +189,11 @@ def embed_texts(name: str, texts: list[str], end_only: bool = False) -> torch.Te
     tokenizer = AutoTokenizer.from_pretrained(name, subfolder="tokenizer", trust_remote_code=False)
     encoder = load_part(CLIPTextModel, name, "text_encoder", dtype=torch.float32).eval()
     length = encoder.config.max_position_embeddings
-    tokens = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+    tokens = tokenizer(texts, padding="max_length", max_length=length).input_ids
+    longest = max(len(ids) for ids in tokens)
+    if longest > length:
+        raise UserError(f"--text: has {longest} tokens with its start and end, and this text encoder reads {length}")
+    tokens = torch.tensor(tokens)
     embedded = []
     with torch.no_grad():
         for ids in tokens.split(64):

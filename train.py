@@ -66,7 +66,7 @@ def denoising_loss(
         noisy_latents.flatten(0, 1).to(dtype), timesteps.flatten(), condition.flatten(0, 1).to(dtype)
     ).sample.float()  # ε_φ(z_t, t, c), (B · N, 4, h, w)
     target = noise
-    if diffusion.prediction_type == "v_prediction":  # its error is that of ε times 1 / ᾱ_t
+    if diffusion.prediction_type == "v_prediction":  # not the paper's: its squared error is that of ε over ᾱ_t
         target = alphas_cumprod.sqrt() * noise - (1 - alphas_cumprod).sqrt() * latents
     return F.mse_loss(noise_pred, target.flatten(0, 1))  # Alg. 1, line 5: L
 
@@ -103,7 +103,7 @@ def algorithm_1(
             images, rngs = batch["images"], image_rngs(args.seed, batch["keys"])  # Alg. 1, line 1: x, (B, 3, S, S)
             latents = diffusion.encode(images)  # z, (B, 4, S/8, S/8)
             timesteps, noise = draw_noise((args.states, *latents.shape[1:]), low, high, rngs)  # Alg. 1, line 4: t, ε
-            patches = draw_patches(recap, args.states, rngs)  # each state has patches of its own, (B, N, K)
+            patches = draw_patches(recap, args.states, rngs)  # Alg. 1, line 3: of each state, (B, N, K)
             timesteps, noise, patches = copy_to(images.device, timesteps, noise, patches)
             prepared = clip.prepare(images)  # (B, 3, s, s)
             condition, cls = conditioner(prepared, diffusion.text, patches)  # Alg. 1, lines 2 and 3: V, c
@@ -124,6 +124,7 @@ def build(args, device: torch.device) -> tuple[Clip, Diffusion, VisualCondition]
     recap = parse_recap(args.recap, clip.patches)
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     diffusion = load_diffusion(args.diffusion, args.text, dtype, device, args.random_weights)
+    parse_timesteps(args.timesteps, len(diffusion.alphas_cumprod))  # refused if the schedule has fewer
     torch.manual_seed(args.seed)  # of the linear layer, which starts at random
     conditioner = VisualCondition(clip, diffusion, recap, args.join).to(device)
     if args.grad_checkpointing:

@@ -43,7 +43,8 @@ class Run:
         """Reads what OUT holds; `images` is a fingerprint of the images.
 
         Raises:
-            UserError: OUT holds another run than this one: other settings, other images, or other code.
+            UserError: OUT holds another run than this one: other settings, other images, or other code; or not all
+                processes see the same run.
         """
         self.args, self.images, self.out = args, images, Path(args.out)
         self.main, self.processes = dist.get_rank() == 0, dist.get_world_size()
@@ -52,12 +53,19 @@ class Run:
         new = dict(step=0, unreadable=0, images=images, settings=self.settings, code=[dict(step=0) | self.code])
         state = read_state(self.out / "checkpoint") or new
         self.first_step, self.unreadable, self.codes = state["step"], state["unreadable"], state["code"]
-        scored = not args.mmvp or (self.out / "mmvp" / "scores.json").exists()
+        scored = not args.mmvp or (self.out / "mmvp" / "scores.json").exists() and self.scored_on() == args.mmvp
         self.finished = self.first_step == args.steps and scored
         if self.first_step:
             self.compare(state)
+        if len(set(everyone((self.first_step, self.images, self.finished)))) > 1:
+            raise UserError("steps taken or images differ between processes; all need the same --out and --data")
         if self.finished and self.main:
             print(f"{self.out}: this run is finished; remove that folder to start anew")
+
+    def scored_on(self) -> str | None:
+        """The benchmark of the scores in OUT, as it was named."""
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            return json.loads((self.out / "args.json").read_text()).get("mmvp")
 
     def compare(self, state: dict) -> None:
         """UserError: the run whose checkpoint is `state` is not this one."""
@@ -73,7 +81,7 @@ class Run:
                 f"{self.out}: its run has other images ({state['images']} there, {self.images} here); bring them back"
             )
         changed = [name for name in METHOD if state["code"][-1].get(name) != self.code[name]]
-        if changed and not self.finished:
+        if changed and self.first_step < self.args.steps:
             if not self.args.changed_code:
                 raise UserError(
                     f"{self.out}: {', '.join(changed)} changed since this run's last save; name another --out, or go "
@@ -85,7 +93,7 @@ class Run:
     def started(self, clip, diffusion, conditioner: torch.nn.Module, images) -> Iterator[None]:
         """Makes OUT with its args.json and prints the plan; within the block signals stop the run between steps.
 
-        UserError: OUT cannot hold a run, or processes do not see the same run.
+        UserError: OUT cannot hold a run.
         """
         self.clip, self.conditioner, self.metrics = clip, conditioner, self.out / "metrics.jsonl"
         if self.main:
@@ -98,8 +106,6 @@ class Run:
             if self.metrics.exists():  # the lines after the checkpoint come again
                 write_whole(self.metrics, "".join(self.metrics.read_text().splitlines(True)[: self.first_step]))
             print(plan(self.args, self.first_step, clip, diffusion, conditioner, images), flush=True)
-        if len(set(everyone((self.first_step, self.images)))) > 1:
-            raise UserError("steps taken or images differ between processes; all need the same --out and --data")
         handlers = [signal.signal(number, self.ask_to_stop) for number in SIGNALS]
         batch, every = self.args.batch_size, 0.5 if sys.stderr.isatty() else 30  # seconds: a log file needs no more
         self.bar = tqdm(

@@ -1,7 +1,7 @@
 """What people and disks give: what cannot be used ends in a sentence."""
 
 from test_smoke import CPU, ROOT, SMALL  # first: it sets what the libraries read when they are imported
-from test_smoke import run, settings, write_clip, write_mmvp, write_shard
+from test_smoke import jpeg, run, settings, write_clip, write_mmvp, write_shard
 
 import ast
 import errno
@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import evaluate_mmvp
 import model
@@ -78,6 +79,7 @@ def test_bad_arguments_end_in_a_sentence(tmp_path, more, message):
         ("--recap dense", "must be random:COUNT, random:SHARE%"),
         ("--recap all --join positions", "the text has 24 positions, the recap 65 tokens"),
         ("--image-size 36", "--image-size 36: must be a multiple of 8"),
+        ("--data {}/one.tar --projection fitted", "--projection fitted: needs two images at least"),
         ("--clip ViT-B-32:nobody --recap all", "open_clip has no weights of that name .for ViT-B-32: openai"),
         ("--clip hf-hub:nobody/nothing", "CLIP hf-hub:nobody/nothing could not be loaded"),
         (f"--diffusion {SD21}", f"could not be loaded: .*--diffusion {SD21_MIRROR}"),
@@ -97,6 +99,7 @@ def test_bad_input_ends_in_a_sentence(tmp_path, more, message):
     (tmp_path / "gz.tar").write_bytes(b"\x1f\x8b" + bytes(600))
     (tmp_path / "text.tar").write_text("no tar " * 100)
     write_shard(tmp_path / "none.tar", {"0.txt": b"caption"})
+    write_shard(tmp_path / "one.tar", {"0.jpg": jpeg(Image.new("RGB", (40, 40)))})
     with refused(message):
         run(tmp_path / "run", more.replace("{}", f"{tmp_path}"))
     assert not (tmp_path / "run").exists()
@@ -133,6 +136,20 @@ def test_other_towers_are_refused(tmp_path):
     for name, vision, more in (("vit", vit, {}), ("timm", timm, dict(custom_text=True))):
         with refused("neither a ViT with a class token nor a timm one"):
             model.load_clip(f"{write_clip(tmp_path / name, 24, vision, **more)}")
+
+
+def test_a_text_that_is_not_read_to_its_end_is_refused():
+    with refused("--text: has 42 tokens with its start and end, and this text encoder reads 24"):
+        model.load_diffusion(f"{MINIATURE}/diffusion", "red " * 40, torch.float32, CPU)
+
+
+def test_timesteps_that_the_schedule_has_not_are_refused(tmp_path):
+    folder = Path(shutil.copytree(MINIATURE / "diffusion", tmp_path / "diffusion"))
+    config = folder / "scheduler" / "scheduler_config.json"
+    config.write_text(config.read_text().replace('"num_train_timesteps": 1000', '"num_train_timesteps": 500'))
+    with refused("--timesteps '0:1000': must be LOW:HIGH, with 0 ≤ LOW < HIGH ≤ 500"):
+        run(tmp_path / "run", f"--diffusion {folder}")
+    assert not (tmp_path / "run").exists()
 
 
 def load(folder: Path) -> None:

@@ -179,7 +179,11 @@ def test_a_finished_run_evaluates_once(tmp_path, capsys, monkeypatch):
     mmvp = f"--mmvp {write_mmvp(tmp_path / 'mmvp')}"
     out = run(tmp_path / "run")
     run(out, mmvp)  # finished, but not yet evaluated
+    run(out, f"--mmvp {write_mmvp(tmp_path / 'other', 3)}")  # another benchmark is scored, too
+    assert json.loads((out / "mmvp" / "scores.json").read_text())["pairs"] == 3
+    run(out, mmvp)
     scores = (out / "mmvp" / "scores.json").read_text()
+    assert json.loads(scores)["pairs"] == 2
     monkeypatch.setattr(train, "load_clip", None)  # from here on nothing is loaded
     capsys.readouterr()
     run(out, mmvp)
