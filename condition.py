@@ -37,15 +37,14 @@ def parse_recap(spec: str, patches: int) -> Recap:
     """
     if spec in ("all", "none"):
         return Recap(spec, patches, patches if spec == "all" else 0)
-    match = re.fullmatch(r"(random):([0-9]{1,9})(%?)|(pool):([0-9]{1,9})", spec)
-    if not match:
+    match = re.fullmatch("(random|pool):([0-9]{1,9})(%?)", spec)
+    kind, number, percent = match.groups() if match else ("", "", "")
+    if not kind or (kind == "pool" and percent):
         raise UserError(f"--recap {spec!r}: must be random:COUNT, random:SHARE%, pool:WINDOW, all or none")
-    number = int(match[2] or match[5])
-    if match[3]:
-        number = number * patches // 100
+    number = int(number) * patches // 100 if percent else int(number)
     if not 1 <= number <= patches:
         raise UserError(f"--recap {spec!r}: asks for {number} patches, and this CLIP has 1 to {patches} to give")
-    if match[1]:
+    if kind == "random":
         return Recap("random", patches, number)
     return Recap("pool", patches, patches // number, number)
 
@@ -111,8 +110,8 @@ def dense_recap(
         (B, N, 1 + K, D); N is 1 where the states do not differ.
     """
     if recap.kind == "random":
-        images = torch.arange(len(local), device=local.device)[:, None, None]
-        chosen = local[images, patches]  # (B, N, K, D)
+        image = torch.arange(len(local), device=local.device)[:, None, None]  # each with its own patches
+        chosen = local[image, patches]  # (B, N, K, D)
     elif recap.kind == "pool":
         windows = local[:, : recap.count * recap.window].unflatten(1, (recap.count, recap.window))
         chosen = windows.mean(2)[:, None]  # (B, 1, K, D)
@@ -144,7 +143,7 @@ class VisualCondition(nn.Module):
             )
         self.visual = clip.model.visual
         self.projection = nn.Linear(clip.config["embed_dim"], diffusion.text.shape[-1])  # D → W
-        self.recap, self.join, self.dtype = recap, join, diffusion.unet.dtype
+        self.recap, self.join, self.bf16 = recap, join, diffusion.unet.dtype == torch.bfloat16
 
     def forward(
         self, images: torch.Tensor, text: torch.Tensor, patches: torch.Tensor | None = None
@@ -153,7 +152,7 @@ class VisualCondition(nn.Module):
         the class token (B, D) of V. N is 1 where the states share c.
         """
         kind = "cuda" if images.is_cuda else "cpu"
-        with torch.autocast(kind, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+        with torch.autocast(kind, torch.bfloat16, enabled=self.bf16):
             cls, local = visual_tokens(self.visual, images)  # Alg. 1, line 2: V
             return self.from_tokens(cls, local, text, patches), cls  # Alg. 1, line 3: c
 

@@ -25,6 +25,7 @@ from PIL import Image, UnidentifiedImageError
 from harness.errors import UserError, brief
 from harness.sources import ImageFiles, Shards, named_paths
 
+ORDER, DRAWS, CROP = 0, 1, 2  # so that the generators of the shuffle, of what train.py draws and of the crops differ
 SYNTHETIC = 1_000_000  # images in the set `synthetic`
 MAX_REPLACEMENTS = 30  # tried for one image before the run stops
 ORIENTATION = 0x0112  # EXIF's tag: how the camera was held, 1 to 8; from 5 on, width and height change places
@@ -63,13 +64,13 @@ class TrainingImages:
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         step, position = key
-        rng = np.random.default_rng((2, self.seed, step, position))
+        rng = np.random.default_rng((CROP, self.seed, step, position))
         if self.files is None:
             noise = rng.integers(0, 256, (3, self.size, self.size), dtype=np.uint8)
             return dict(images=torch.from_numpy(noise), keys=key, unreadable=[])
         unreadable = []
-        for further in range(1 + MAX_REPLACEMENTS):
-            i = self.index(step, position + further)
+        for offset in range(1 + MAX_REPLACEMENTS):
+            i = self.index(step, position + offset)
             try:
                 image = decode_crop(self.files.read(i), self.size, rng)
                 return dict(images=image, keys=key, unreadable=unreadable)
@@ -82,7 +83,7 @@ class TrainingImages:
 @functools.lru_cache(maxsize=2)  # where an epoch ends, two are read at once
 def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
     """The order of `count` images in an epoch, (count,)."""
-    return np.random.default_rng((0, seed, epoch)).permutation(count)
+    return np.random.default_rng((ORDER, seed, epoch)).permutation(count)
 
 
 def decode_crop(data: bytes, size: int, rng: np.random.Generator) -> torch.Tensor:

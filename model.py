@@ -41,7 +41,7 @@ class Clip:
     source: str
     config: dict
     patches: int
-    no_tokenizer: str = ""  # why its tokenizer could not be loaded, once that is known: asking a hub in vain takes long
+    tokenizer_error: str = ""  # why it could not be loaded, once that is known: asking a hub in vain takes long
 
     @property
     def image_size(self) -> int:
@@ -70,19 +70,19 @@ class Clip:
         """Its tokenizer. SigLIP's comes from a hub, so call this only where there is text to read.
 
         Raises:
-            UserError: it cannot be loaded; `no_tokenizer` then says why.
+            UserError: it cannot be loaded; `tokenizer_error` then says why.
         """
-        if not self.no_tokenizer:
+        if not self.tokenizer_error:
             try:
                 return load_tokenizer(self.source, self.config)
             except UserError as reason:
-                self.no_tokenizer = str(reason)
-        raise UserError(self.no_tokenizer)
+                self.tokenizer_error = str(reason)
+        raise UserError(self.tokenizer_error)
 
     def save(self, folder: Path) -> None:
         """Writes the whole CLIP into `folder`, which open_clip loads with `local-dir:`: config, weights, tokenizer.
 
-        A tokenizer that cannot be had is left out; `no_tokenizer` then says why.
+        A tokenizer that cannot be had is left out; `tokenizer_error` then says why.
         """
         weights = {key: value.contiguous() for key, value in self.model.state_dict().items()}
         save_file(weights, folder / "open_clip_model.safetensors")
@@ -110,14 +110,14 @@ def load_clip(name: str, random_weights: bool = False, device: str = "cpu") -> C
         model = open_clip.create_model(source, device=device, **options).eval()
         config = open_clip.get_model_config(source)
         clip = Clip(model, source, config, count_patches(model.visual))
-    whole = "load_weights" in options  # open_clip has loaded none: the vision tower alone is not enough
+    has_weights = "pretrained" in options
     for file in files:
-        replace_weights(model, file, whole)
-        whole = False
+        replace_weights(model, file, whole=not has_weights)  # the first must hold both towers then
+        has_weights = True
     if options.get("force_quick_gelu"):
         config["quick_gelu"] = True
     if random_weights and ":" not in source and config["text_cfg"].get("hf_tokenizer_name"):
-        clip.no_tokenizer = "random weights have none, and a hub is not asked"
+        clip.tokenizer_error = "random weights have none, and a hub is not asked"
     return clip
 
 
@@ -139,16 +139,15 @@ class Diffusion:
     prediction_type: str
     text: torch.Tensor
 
-    def image_size(self, asked: int | None = None) -> int:
-        """The side S of its images in pixels: its own (512 for 2.1-base), or the one asked for.
+    @property
+    def downsampling(self) -> int:
+        """Pixels per latent along a side (8)."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
-        Raises:
-            UserError: the VAE cannot divide it.
-        """
-        pixels = 2 ** (len(self.vae.config.block_out_channels) - 1)  # per latent, along a side: 8
-        if asked and asked % pixels:
-            raise UserError(f"--image-size {asked}: must be a multiple of {pixels}")
-        return asked or self.unet.config.sample_size * pixels
+    @property
+    def image_size(self) -> int:
+        """The side S of its own images in pixels (512 for 2.1-base)."""
+        return self.unet.config.sample_size * self.downsampling
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """Pixels in [0, 1], (B, 3, S, S) → latents z, (B, 4, S/8, S/8) fp32: the distribution's mean, scaled."""

@@ -8,7 +8,7 @@ The lines of Algorithm 1 stand in the comments. The loop is `algorithm_1` (all s
 and 5), the condition `VisualCondition.forward` in condition.py (lines 2 and 3).
 """
 
-from harness.errors import one_sentence
+from harness.errors import UserError, one_sentence
 from harness.options import less_memory, parse_args
 
 if __name__ == "__main__":  # before the imports below, which take seconds: a mistyped argument is answered at once
@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import beyond
 from condition import VisualCondition, draw_patches, parse_recap
-from data import TrainingImages, batch_keys, fingerprint, open_images, read_batches
+from data import DRAWS, TrainingImages, batch_keys, fingerprint, open_images, read_batches
 from evaluate_mmvp import compare, similarities
 from harness.mmvp import read_mmvp
 from harness.processes import copy_to, joined_processes, main_first
@@ -36,7 +36,7 @@ from model import Clip, Diffusion, load_clip, load_diffusion
 
 def image_rngs(seed: int, keys: list[tuple[int, int]]) -> list[np.random.Generator]:
     """A generator for each image. What an image draws depends on seed, step and its place in the batch alone."""
-    return [np.random.default_rng((1, seed, step, position)) for step, position in keys]
+    return [np.random.default_rng((DRAWS, seed, step, position)) for step, position in keys]
 
 
 def draw_noise(shape: tuple[int, ...], low: int, high: int, rngs: list[np.random.Generator]) -> tuple:
@@ -72,7 +72,10 @@ def denoising_loss(
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
-    """η at a step (0 … steps − 1): rises linearly in a share `warmup` of the steps, then a cosine from `peak` to 0."""
+    """η at a step (0 … steps − 1): rises linearly in a share `warmup` of the steps, then a cosine from `peak` to 0.
+
+    Section 4.1 of the paper: 4,600 steps, of which 0.5% warm up.
+    """
     rising = max(1, int(warmup * steps)) if warmup else 0
     if step < rising:
         return peak * (step + 1) / (rising + 1)
@@ -80,18 +83,21 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
 
 
 def algorithm_1(
-    args, clip: Clip, diffusion: Diffusion, conditioner, optimizer, batches, run, steps: range, pull=None
+    args, clip: Clip, diffusion: Diffusion, conditioner, optimizer, peak: float, steps: range, batches, run, pull=None
 ) -> None:
     """The method: each step lowers φ's denoising loss by moving what the optimizer holds, θ and the linear layer.
 
+    Gradients are clipped as in the released code; the paper does not speak of it.
+
     Args:
         conditioner: a VisualCondition, in DDP.
+        peak: the highest learning rate.
+        steps: all steps that share one course of the learning rate.
         batches: of `read_batches`.
         run: keeps the loss, logs and saves (harness/run.py), and says at which step to begin.
-        steps: all steps that share one course of the learning rate.
         pull: not the paper's: a `beyond.Pull`.
     """
-    parameters, peak = optimizer.param_groups[0]["params"], optimizer.defaults["lr"]
+    parameters = optimizer.param_groups[0]["params"]
     recap, (low, high) = parse_recap(args.recap, clip.patches), parse_timesteps(args.timesteps)
     accumulation = args.batch_size // (args.micro_batch * dist.get_world_size())  # micro-batches a step and process
     for step in range(max(run.first_step, steps.start), steps.stop):
@@ -108,14 +114,14 @@ def algorithm_1(
             prepared = clip.prepare(images)  # (B, 3, s, s)
             condition, cls = conditioner(prepared, diffusion.text, patches)  # Alg. 1, lines 2 and 3: V, c
             loss = denoising_loss(diffusion, latents, condition, timesteps, noise)  # Alg. 1, lines 4 and 5: ℓ, L
-            objective = loss + pull(cls, prepared) if pull else loss  # not the paper's: --pull
+            objective = loss + pull(cls, prepared) if pull else loss  # not the paper's: keeps CLIP near its start
             (objective / accumulation).backward()  # through the frozen φ into θ
             run.note(loss, batch)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
-        run.log(step, grad_norm, lr)  # a loss or gradient that is not finite ends the run here, before the step
+        run.log(step, grad_norm, lr)  # ends the run if this is not finite, or too many images cannot be read
         optimizer.step()  # Alg. 1, line 6: θ ← θ − η ∇L; φ never changes
         optimizer.zero_grad()
-        run.save(step + 1)
+        run.save(step + 1)  # every --save-every steps; ends the run if a signal asked for it
 
 
 def build(args, device: torch.device) -> tuple[Clip, Diffusion, VisualCondition]:
@@ -125,6 +131,8 @@ def build(args, device: torch.device) -> tuple[Clip, Diffusion, VisualCondition]
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     diffusion = load_diffusion(args.diffusion, args.text, dtype, device, args.random_weights)
     parse_timesteps(args.timesteps, len(diffusion.alphas_cumprod))  # refused if the schedule has fewer
+    if args.image_size and args.image_size % diffusion.downsampling:
+        raise UserError(f"--image-size {args.image_size}: must be a multiple of {diffusion.downsampling}")
     torch.manual_seed(args.seed)  # of the linear layer, which starts at random
     conditioner = VisualCondition(clip, diffusion, recap, args.join).to(device)
     if args.grad_checkpointing:
@@ -136,14 +144,14 @@ def build(args, device: torch.device) -> tuple[Clip, Diffusion, VisualCondition]
     return clip, diffusion, conditioner
 
 
-def build_optimizer(args, conditioner: VisualCondition, parameters: list, lr: float) -> torch.optim.Optimizer:
-    """What learns is what the optimizer holds: all else of the conditioner is frozen."""
+def build_optimizer(args, conditioner: VisualCondition, parameters: list) -> torch.optim.Optimizer:
+    """What learns is what the optimizer holds: all else of the conditioner is frozen. The loop sets its rate."""
     conditioner.requires_grad_(False)
     for parameter in parameters:
         parameter.requires_grad_(True)
     if args.optimizer == "adamw":  # not the paper's
-        return torch.optim.AdamW(parameters, lr=lr, weight_decay=0)
-    return torch.optim.SGD(parameters, lr=lr, momentum=args.momentum)
+        return torch.optim.AdamW(parameters, weight_decay=0)
+    return torch.optim.SGD(parameters, momentum=args.momentum)  # section 4.1: momentum 0.9, no weight decay
 
 
 def train(args, device: torch.device) -> None:
@@ -156,20 +164,23 @@ def train(args, device: torch.device) -> None:
     if run.finished:
         return
     clip, diffusion, conditioner = build(args, device)
-    images = TrainingImages(files, diffusion.image_size(args.image_size), args.batch_size, args.seed)
+    images = TrainingImages(files, args.image_size or diffusion.image_size, args.batch_size, args.seed)
     if args.projection == "fitted":
         beyond.fit_projection(args, clip, conditioner, images)
     pull = beyond.Pull(clip, args.pull) if args.pull else None
+    stages = [(conditioner.parameters(), range(args.steps), args.lr)]  # the paper's: all learns, in all steps
+    if args.projection_steps or args.freeze_projection:
+        stages = beyond.stages(args, conditioner)
     rank, processes = dist.get_rank(), dist.get_world_size()
     keys = batch_keys(run.first_step, args.steps, args.batch_size, args.micro_batch, rank, processes)
     batches = read_batches(images, keys, args.workers, device)
     with run.started(clip, diffusion, conditioner, images):
         before = similarities(clip, pairs, device) if run.main and pairs else None
-        for parameters, steps, peak in beyond.stages(args, conditioner):  # the paper has one: all, all, --lr
-            optimizer = build_optimizer(args, conditioner, parameters, peak)
+        for parameters, steps, peak in stages:
+            optimizer = build_optimizer(args, conditioner, list(parameters))
             run.restore(optimizer, steps)
             ddp = DistributedDataParallel(conditioner, gradient_as_bucket_view=True)
-            algorithm_1(args, clip, diffusion, ddp, optimizer, batches, run, steps, pull)
+            algorithm_1(args, clip, diffusion, ddp, optimizer, peak, steps, batches, run, pull)
     if run.main and pairs:
         cosines = [before, similarities(clip, pairs, device)]
         print(compare([args.clip, f"{args.out}/clip"], cosines, pairs, f"{args.out}/mmvp"))

@@ -66,8 +66,8 @@ class Step:
         self.clip, self.diffusion, self.conditioner = train.build(args, device)
         self.pull = Pull(self.clip, args.pull) if args.pull else None
         parameters = stages(args, self.conditioner)[-1][0]
-        self.optimizer = train.build_optimizer(args, self.conditioner, parameters, args.lr)
-        self.image_size = self.diffusion.image_size(args.image_size)
+        self.optimizer = train.build_optimizer(args, self.conditioner, parameters)
+        self.image_size = args.image_size or self.diffusion.image_size
         images = data.TrainingImages(None, self.image_size, args.batch_size, args.seed)
         self.batch = data.collate([images[0, i] for i in range(args.micro_batch)])
         if device.type == "cuda":  # as the batches of a run
@@ -79,7 +79,7 @@ class Step:
 
     def __call__(self) -> None:
         models, batches = (self.clip, self.diffusion, self.conditioner), self.batches()
-        train.algorithm_1(self.args, *models, self.optimizer, batches, self.run, range(1), self.pull)
+        train.algorithm_1(self.args, *models, self.optimizer, self.args.lr, range(1), batches, self.run, self.pull)
 
     def seconds(self) -> float:
         """How long one step takes."""

@@ -53,7 +53,7 @@ ACTIVATIONS = {  # by how torch prints them
 def export(clip: Clip, folder: str | os.PathLike) -> dict[str, float]:
     """Writes `clip` as a transformers folder in place of what is there, and returns its `differences`.
 
-    A tokenizer that cannot be had is left out; `clip.no_tokenizer` then says why.
+    A tokenizer that cannot be had is left out; `clip.tokenizer_error` then says why.
 
     Raises:
         UserError: transformers has no such CLIP, or the folder cannot be written; what was there is whole.
@@ -199,7 +199,8 @@ def main(argv: list[str] | None = None) -> None:
     clip = load_clip(args.clip)
     for name, difference in export(clip, args.folder).items():
         print(f"{name:14}  differ by {difference:.1e}")
-    print(f"written: {args.folder}" + (f", without a tokenizer: {clip.no_tokenizer}" if clip.no_tokenizer else ""))
+    why = f", without a tokenizer: {clip.tokenizer_error}" if clip.tokenizer_error else ""
+    print(f"written: {args.folder}{why}")
 
 
 if __name__ == "__main__":

@@ -218,7 +218,7 @@ def main(argv: list[str] | None = None) -> None:
 def follow(args, device: torch.device, benchmark: list[Pair]) -> dict[str, dict]:
     """The figures of `measure` at the start of the linear layer and, with --projection-steps, after them."""
     clip, diffusion, conditioner = build(args, device)
-    size, layer_steps = diffusion.image_size(args.image_size), args.projection_steps
+    size, layer_steps = args.image_size or diffusion.image_size, args.projection_steps
     images = TrainingImages(open_images(args.data), size, args.batch_size, args.seed)
     passes = 2 * len(benchmark) * args.draws * args.states * max(1, args.moves) * (2 if layer_steps else 1)
     passes += layer_steps * args.batch_size * args.states
@@ -230,11 +230,11 @@ def follow(args, device: torch.device, benchmark: list[Pair]) -> dict[str, dict]
     stages = {f"{args.projection} start": measure(args, diffusion, conditioner, pairs)}
     if layer_steps:
         layer = list(conditioner.projection.parameters())
-        optimizer = build_optimizer(args, conditioner, layer, args.projection_lr)
+        optimizer = build_optimizer(args, conditioner, layer)
         keys = batch_keys(0, layer_steps, args.batch_size, args.micro_batch, 0, 1)
         batches = read_batches(images, keys, args.workers, device)
         run, steps = Bar(layer_steps), range(layer_steps)
-        algorithm_1(args, clip, diffusion, conditioner, optimizer, batches, run, steps)
+        algorithm_1(args, clip, diffusion, conditioner, optimizer, args.projection_lr, steps, batches, run)
         stages[f"linear layer after step {layer_steps}"] = measure(args, diffusion, conditioner, pairs)
     return stages
 

@@ -50,7 +50,7 @@ class Reconstruction:
 
     @property
     def image_size(self) -> int:
-        return self.diffusion.image_size(self.args.image_size)
+        return self.args.image_size or self.diffusion.image_size
 
     @torch.no_grad()
     def conditions(self, images: torch.Tensor, seed: int) -> list[torch.Tensor]:
@@ -67,7 +67,7 @@ class Reconstruction:
     def noise(self, count: int, seed: int) -> torch.Tensor:
         """Where the drawing starts, (count, 4, h, w); an image's own whatever their number."""
         unet = self.diffusion.unet.config
-        side = self.image_size * unet.sample_size // self.diffusion.image_size()
+        side = self.image_size * unet.sample_size // self.diffusion.image_size
         shape = (unet.in_channels, side, side)
         drawn = [np.random.default_rng((seed, 1, i)).standard_normal(shape, dtype=np.float32) for i in range(count)]
         return torch.from_numpy(np.stack(drawn)).to(self.diffusion.text.device)

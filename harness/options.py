@@ -42,8 +42,9 @@ def number(kind: type, low: float, high: float, text: str):
 def make_parser(recipe: str) -> argparse.ArgumentParser:
     """All options; the defaults are the recipe's."""
     row = RECIPES[recipe]
-    count, factor = partial(number, int, 1, 10**9), partial(number, float, 0, 10**6)
-    switch = argparse.BooleanOptionalAction
+    count, natural = partial(number, int, 1, 10**9), partial(number, int, 0, 10**9)
+    factor, share = partial(number, float, 0, 10**6), partial(number, float, 0, 1)
+    pixels, states = partial(number, int, 1, 4096), partial(number, int, 1, 1000)
     parser = argparse.ArgumentParser(
         usage="train.py [--recipe NAME] [--data PATH ...] [--mmvp PATH] [--out DIR] [options]",
         description="Post-train a CLIP with the feedback of a frozen diffusion model, on images only.",
@@ -54,59 +55,42 @@ def make_parser(recipe: str) -> argparse.ArgumentParser:
     parser.error = fail
     add = parser.add_argument_group("the run").add_argument
     add("--recipe", default=recipe, metavar="NAME", help="the row of the table to start from (%(default)s)")
-    data = f"a folder of images, shards or globs of them, or `synthetic` ({' '.join(row.data or ['no default'])})"
-    add("--data", nargs="+", metavar="PATH", help=data)
-    mmvp = "score before and after on MMVP-VLM: a folder, the hub's MMVP/MMVP_VLM, or none (%(default)s)"
-    add("--mmvp", metavar="PATH", help=mmvp)
+    data = " ".join(row.data or ["no default"])
+    add("--data", nargs="+", metavar="PATH", help=f"a folder of images, shards, globs of them, or `synthetic` ({data})")
+    add("--mmvp", metavar="PATH", help="scores before and after: MMVP-VLM's hub name, a folder, or none (%(default)s)")
     add("--out", metavar="DIR", help=f"where all is written; if not given, runs/{recipe} and what differs from it")
     add = parser.add_argument_group("the method").add_argument
-    clip = "a recipe, ARCH:TAG of open_clip, hf-hub:OWNER/NAME or a folder; CLIP@WEIGHTS too (%(default)s)"
-    add("--clip", metavar="NAME", help=clip)
-    diffusion = "Stable Diffusion 1.x or 2.x, diffusers' layout: hub name or folder (%(default)s)"
-    add("--diffusion", metavar="NAME", help=diffusion)
+    add("--clip", metavar="NAME", help="a recipe, ARCH:TAG, hf-hub:OWNER/NAME, a folder, CLIP@WEIGHTS (%(default)s)")
+    add("--diffusion", metavar="NAME", help="Stable Diffusion 1.x or 2.x, a hub name or a folder (%(default)s)")
     add("--recap", metavar="SPEC", help="random:COUNT, random:SHARE%%, pool:WINDOW, all or none (%(default)s)")
-    join = "how the text's embedding is added: by position, or its mean (%(default)s)"
-    add("--join", choices=("positions", "mean"), help=join)
+    add("--join", choices=("positions", "mean"), help="the text is added by position, or its mean (%(default)s)")
     add("--text", help="the text beside the visual tokens; if not given, empty")
-    states = partial(number, int, 1, 1000)
     add("--states", type=states, metavar="N", help="N, the noisy states per image (%(default)s)")
-    side = partial(number, int, 1, 4096)
-    add("--image-size", type=side, metavar="N", help="side of φ's images in pixels; if not given, its own")
+    add("--image-size", type=pixels, metavar="N", help="side of φ's images in pixels; if not given, its own")
     add = parser.add_argument_group("beyond the paper (beyond.py)").add_argument
     add("--timesteps", metavar="LOW:HIGH", help="t is drawn from LOW to HIGH - 1 (%(default)s)")
-    start = "where the linear layer starts: at random, or fitted to texts (%(default)s)"
-    add("--projection", choices=("random", "fitted"), help=start)
-    first = "the first steps train the linear layer alone (%(default)s)"
-    add("--projection-steps", type=partial(number, int, 0, 10**9), metavar="N", help=first)
+    add("--projection", choices=("random", "fitted"), help="how the linear layer starts; fitted: to texts (%(default)s)")
+    add("--projection-steps", type=natural, metavar="N", help="the first N steps train that layer alone (%(default)s)")
     add("--projection-lr", type=factor, metavar="X", help="their peak learning rate (%(default)s)")
-    frozen = "after them the linear layer stays as it is (%(default)s)"
-    add("--freeze-projection", action=switch, help=frozen)
+    add("--freeze-projection", action=argparse.BooleanOptionalAction, help="after them it stays as it is (%(default)s)")
     add("--optimizer", choices=("sgd", "adamw"), help="the paper's SGD, or AdamW (%(default)s)")
     add("--pull", type=factor, metavar="X", help="how strongly CLIP is held near to the untouched one (%(default)s)")
     add = parser.add_argument_group("training").add_argument
     add("--steps", type=count, metavar="N", help="optimizer steps (%(default)s)")
     add("--batch-size", type=count, metavar="N", help="images per step, over all processes (%(default)s)")
-    micro = "at most so many images per process at once; the rest is accumulated (%(default)s)"
-    add("--micro-batch", type=count, metavar="N", help=micro)
+    add("--micro-batch", type=count, metavar="N", help="at most so many at once; the rest is accumulated (%(default)s)")
     add("--lr", type=factor, metavar="X", help="peak learning rate (%(default)s)")
-    share = partial(number, float, 0, 1)
     add("--momentum", type=share, metavar="X", help="of SGD (%(default)s)")
-    warmup = "share of the steps in which the rate rises; a cosine to 0 follows (%(default)s)"
-    add("--warmup", type=share, metavar="X", help=warmup)
-    clipped = "gradients are clipped to this norm; 0: they are not (%(default)s)"
-    add("--max-grad-norm", type=factor, metavar="X", help=clipped)
+    add("--warmup", type=share, metavar="X", help="share of steps in which it rises; a cosine follows (%(default)s)")
+    add("--max-grad-norm", type=factor, metavar="X", help="gradients are clipped to it; 0: they are not (%(default)s)")
     add("--seed", type=partial(number, int, 0, 2**63 - 1), metavar="N", help="of every random draw (%(default)s)")
     add = parser.add_argument_group("the machine").add_argument
-    precision = "of the computation; if not given, bf16 on CUDA, else fp32"
-    add("--precision", choices=("bf16", "fp32"), help=precision)
-    workers = partial(number, int, 0, 1000)
-    add("--workers", type=workers, metavar="N", help="batches read ahead, each by a thread; if not given, up to 8")
+    add("--precision", choices=("bf16", "fp32"), help="of the computation; if not given, bf16 on CUDA, else fp32")
+    add("--workers", type=partial(number, int, 0, 1000), metavar="N", help="batches read ahead; if not given, up to 8")
     add("--save-every", type=count, metavar="N", help="steps between two saves (%(default)s)")
-    kept = "steps between two CLIPs that are kept as OUT/clip-000100 …; 0: none (%(default)s)"
-    add("--keep-every", type=partial(number, int, 0, 10**9), metavar="N", help=kept)
+    add("--keep-every", type=natural, metavar="N", help="steps between CLIPs kept as OUT/clip-000100 … (%(default)s)")
     add("--compile", action="store_true", help="compile CLIP, the VAE and the U-Net: minutes at the start")
-    memory = "compute activations again in the backward pass: less memory"
-    add("--grad-checkpointing", action="store_true", help=memory)
+    add("--grad-checkpointing", action="store_true", help="compute activations again backward: less memory, slower")
     add("--random-weights", action="store_true", help="no download: untrained architectures, a random text embedding")
     add("--changed-code", action="store_true", help="go on in a run although the code has changed since")
     parser.set_defaults(**{key: value for key, value in asdict(row).items() if key not in ("published", "released")})

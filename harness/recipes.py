@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from harness.errors import UserError
@@ -52,18 +52,17 @@ class Recipe:
     pull: float = 0.0  # toward the untouched CLIP
 
 
+IN_THE_PAPERS_WAY = Recipe(  # on the miniature; the sum of its rates is that of 4,600 steps of 1e-4
+    f"{MINIATURE}/clip", "random:30%", "mean", released="random:19", data=[f"{MINIATURE}/images.tar"],
+    mmvp=f"{MINIATURE}/mmvp", diffusion=f"{MINIATURE}/diffusion", steps=900, batch_size=32, micro_batch=32, lr=5.1e-4,
+    seed=1,
+)  # fmt: skip
 RECIPES = {
-    "miniature": Recipe(  # the paper's method, but for the last line: see beyond.py and miniature/README.md
-        f"{MINIATURE}/clip", "random:30%", "mean", released="random:19", data=[f"{MINIATURE}/images.tar"],
-        mmvp=f"{MINIATURE}/mmvp", diffusion=f"{MINIATURE}/diffusion", steps=900, batch_size=32, micro_batch=32, lr=1e-3,
-        warmup=0.03, seed=1,
+    "miniature": replace(  # the paper's method, but for these: see beyond.py and miniature/README.md
+        IN_THE_PAPERS_WAY, lr=1e-3, warmup=0.03,
         timesteps="500:1000", optimizer="adamw", projection="fitted", freeze_projection=True, pull=0.03,
     ),
-    "miniature-paper": Recipe(  # the same world in the paper's way; the rates' sum is that of its 4,600 steps of 1e-4
-        f"{MINIATURE}/clip", "random:30%", "mean", released="random:19", data=[f"{MINIATURE}/images.tar"],
-        mmvp=f"{MINIATURE}/mmvp", diffusion=f"{MINIATURE}/diffusion", steps=900, batch_size=32, micro_batch=32,
-        lr=5.1e-4, seed=1,
-    ),
+    "miniature-paper": IN_THE_PAPERS_WAY,
     "openai-vit-l-14-224": Recipe("ViT-L-14-quickgelu:openai", "random:76", "positions", (19.3, 25.9), "random:76"),
     "openai-vit-l-14-336": Recipe("ViT-L-14-336-quickgelu:openai", "random:76", "positions", (20.0, 25.2), "random:76"),
     "metaclip-vit-l-14-224": Recipe("ViT-L-14-quickgelu:metaclip_fullcc", "all", "mean", (23.7, 27.4), "cls+local"),

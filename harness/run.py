@@ -267,8 +267,8 @@ def ways_on(args: argparse.Namespace, clip) -> str:
     """Where the trained CLIP is, and what to type next."""
     folder, quoted = f"{args.out}/clip", shlex.quote(f"{args.out}/clip")
     lines = {"the CLIP": f'open_clip.create_model_and_transforms("local-dir:{folder}")'}
-    if clip.no_tokenizer:
-        lines["no tokenizer"] = clip.no_tokenizer
+    if clip.tokenizer_error:
+        lines["no tokenizer"] = clip.tokenizer_error
     elif not (args.mmvp or args.random_weights):
         lines["to score it"] = f"python evaluate_mmvp.py {shlex.quote(recipe_of(args.clip) or args.clip)} {quoted}"
     lines["to see it"] = f"python extras/reconstruct.py {shlex.quote(args.out)} FILE.png"

@@ -407,7 +407,7 @@ def test_an_architecture_alone_takes_a_whole_clip(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="tower.pth: holds the vision tower alone; for a text tower, name ARCH:TAG"):
         model.load_clip(f"tiny-arch@{write(tmp_path / 'tower.pth', after.visual.state_dict())}")
     random = model.load_clip("tiny-arch", random_weights=True)
-    assert random.image_size == 64 and random.no_tokenizer.startswith("random weights have none")
+    assert random.image_size == 64 and random.tokenizer_error.startswith("random weights have none")
     with pytest.raises(UserError, match="tiny-arch: no such CLIP; name a recipe .*ARCH:TAG"):
         model.load_clip("tiny-arch")
     with pytest.raises(UserError, match="CLIP no-arch could not be loaded: "):
