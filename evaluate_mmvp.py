@@ -14,9 +14,9 @@ Two embeddings of an image, for every CLIP by the same rule:
     cls+local   the unit class token plus the mean of all unit local tokens, made unit again
 
 Why the sum is made unit again: its length differs from image to image. Without it, the longer of two embeddings wins
-both statements, where a pair needs one statement for each image. On the miniature 170 of 900 pairs come out otherwise
-without it, 72 for the unit sum and 98 against it. The local tokens of a SigLIP are not in the joint space with the
-text: its `cls+local` is there for completeness.
+both statements, where a pair needs one statement for each image. On the miniature the two ways disagree about 170 of
+900 pairs: of these the unit sum has 72 right, the other 98. The local tokens of a SigLIP are not in the joint space
+with the text: its `cls+local` is there for completeness.
 
 `--released` adds DIVA's own reading, by which the paper's "after" was scored. It differs per family (`embed_released`).
 The "before" of the paper's Table 1 is `cls` alone, so its gain mixes the training's effect with the embedding's. For
@@ -77,8 +77,8 @@ def embed_released(
         patches = rng.integers(local.shape[1], size=(len(local), draws, 2, count))  # image by image, whatever the batch
         patches = torch.from_numpy(patches).permute(1, 2, 0, 3).to(local.device)  # (draws, 2, B, count)
         ones = torch.ones_like(patches, dtype=local.dtype)
-        times = ones.new_zeros(*patches.shape[:3], local.shape[1]).scatter_add_(-1, patches, ones)  # each is drawn
-        return normalize(cls + torch.einsum("ksbp,bpd->ksbd", times / count, local), dim=-1)
+        counts = ones.new_zeros(*patches.shape[:3], local.shape[1]).scatter_add_(-1, patches, ones)  # of each patch
+        return normalize(cls + torch.einsum("ksbp,bpd->ksbd", counts / count, local), dim=-1)
     return embed_images(cls, local)[EMBEDDINGS.index(reading)].expand(1, 2, -1, -1)
 
 
@@ -154,16 +154,16 @@ def compare(
         readings: for each CLIP the released reading whose draws follow in its cosines.
     """
     types, recipes = [pair.type for pair in pairs], [recipe_of(name) for name in names]
-    outcomes = [pairs_right(clip_cosines) for clip_cosines in cosines]  # of each CLIP (embeddings and draws, pairs)
-    rights = [dict(zip(EMBEDDINGS, right)) for right in outcomes]
+    outcomes = [pairs_right(clip_cosines) for clip_cosines in cosines]  # each (2 embeddings and all draws, pairs) bool
+    rights = [dict(zip(EMBEDDINGS, outcome)) for outcome in outcomes]
     changes = [change(rights[0], other, types) for other in rights[1:]]
     draws = [[average(right, types) for right in outcome[2:]] for outcome in outcomes]
     if folder:
         save_scores(Path(folder), names, cosines, rights, changes, draws, pairs)
-    columns = [
-        right | ({"released": outcome[2:].mean(0)} if readings else {}) for right, outcome in zip(rights, outcomes)
-    ]
-    parts = ["\n".join(f"{k}: {name}" for k, name in enumerate(names, start=1)), table(columns, recipes, types)]
+    shown = rights
+    if readings:
+        shown = [right | dict(released=outcome[2:].mean(0)) for right, outcome in zip(rights, outcomes)]
+    parts = ["\n".join(f"{k}: {name}" for k, name in enumerate(names, start=1)), table(shown, recipes, types)]
     for k, reading in enumerate(readings or []):
         parts.append(f"{k + 1} released, the reading {reading}: {draws_in_words(draws[k])}")
     for k, lines in enumerate(changes, start=2):

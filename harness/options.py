@@ -69,7 +69,7 @@ def make_parser(recipe: str) -> argparse.ArgumentParser:
     add("--image-size", type=pixels, metavar="N", help="side of φ's images in pixels; if not given, its own")
     add = parser.add_argument_group("beyond the paper (beyond.py)").add_argument
     add("--timesteps", metavar="LOW:HIGH", help="t is drawn from LOW to HIGH - 1 (%(default)s)")
-    add("--projection", choices=("random", "fitted"), help="how the linear layer starts; fitted: to texts (%(default)s)")
+    add("--projection", choices=("random", "fitted"), help="the linear layer's start; fitted: to texts (%(default)s)")
     add("--projection-steps", type=natural, metavar="N", help="the first N steps train that layer alone (%(default)s)")
     add("--projection-lr", type=factor, metavar="X", help="their peak learning rate (%(default)s)")
     add("--freeze-projection", action=argparse.BooleanOptionalAction, help="after them it stays as it is (%(default)s)")

@@ -243,9 +243,7 @@ def plan(args: argparse.Namespace, first_step: int, clip, diffusion, conditioner
     processes, slow, device = dist.get_world_size(), "", diffusion.text.device
     accumulated, tokens = args.batch_size // (args.micro_batch * processes), 1 + conditioner.recap.count
     if device.type == "cpu" and images.size >= 256:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        hours = args.batch_size * 5 * (images.size / 512) ** 2 / (0.1 * cores) / 3600
-        slow = f"; slow: about {hours:.1g} hours a step on {cores} cores (5 TFLOP an image, 0.1 TFLOP/s a core)"
+        slow = f"; slow on a CPU: about {args.batch_size * 5 * (images.size / 512) ** 2:.2g} TFLOP a step"
     beyond = beyond_the_paper(vars(args))
     lines = {
         "recipe": f"{args.recipe}, seed {args.seed}" + (", random weights" if args.random_weights else ""),

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import re
-import sys
 import warnings
 import zipfile
 from pathlib import Path
@@ -124,12 +122,6 @@ def flat(content: dict, prefix: str = "") -> Tensors:
 def first_of(names: list[str]) -> str:
     """The first name, and how many more there are."""
     return names[0] + (f" (and {len(names) - 1} more such names)" if len(names) > 1 else "")
-
-
-def say(sentence: str) -> None:
-    """On stderr, once where several processes load the same."""
-    if os.environ.get("RANK", "0") == "0":
-        print(sentence, file=sys.stderr)
 
 
 def fetch(source: str) -> Path:

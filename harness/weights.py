@@ -18,8 +18,8 @@ import re
 
 import torch
 
-from harness.errors import UserError, brief
-from harness.tensors import Tensors, first_of, read_tensors, say
+from harness.errors import UserError, brief, say
+from harness.tensors import Tensors, first_of, read_tensors
 
 NAMES = [  # of open_clip and of timm → of transformers, one after the other
     (r"^(positional_embedding|token_embedding|transformer|ln_final|text_projection)", r"text.\1"),  # of a plain CLIP
