@@ -96,7 +96,8 @@ def fit_linear(projection: nn.Linear, phrases: torch.Tensor, states: torch.Tenso
 def embed_phrases(clip: Clip, name: str, text: str, count: int = 2000) -> tuple[torch.Tensor, torch.Tensor]:
     """What CLIP and the diffusion model `name` make of the same phrases; so no captions are needed.
 
-    Returns CLIP's embeddings (count, D), and φ's states of the end token less that of `text` (count, W).
+    Returns CLIP's embeddings (count, D), and φ's states of the end token less that of `text` (count, W). With the mean
+    of the text's states taken away, which joins by `--join mean`, CLIP learnt less (miniature/README.md).
     """
     with quiet():
         tokenizer = AutoTokenizer.from_pretrained(name, subfolder="tokenizer", trust_remote_code=False)
