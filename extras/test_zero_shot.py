@@ -1,6 +1,5 @@
 """extras/zero_shot.py: the accuracy is the one computed by hand, the interval's ends solve Wilson's equation."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parents[1] / "miniature"))
-import make
-
 from extras import zero_shot
 from harness.errors import UserError
-from harness.recipes import MINIATURE
 from harness.scores import interval, mcnemar
+from miniature import make
 from model import load_clip
 
 TEMPLATES = ["a photo of the {}", "the near {} on white"]
@@ -33,7 +28,7 @@ def folder(tmp_path_factory) -> str:
     return str(out)
 
 
-def test_accuracy_is_the_one_by_hand(folder, monkeypatch, capsys):
+def test_accuracy_is_the_one_by_hand(folder, capsys):
     """Picture by picture, in float64, with a class as the unit mean of the unit embeddings of its two sentences."""
     clip, names, rows, right = load_clip("miniature"), sorted(p.name for p in Path(folder).iterdir()), [], []
     mean, std = (np.array(clip.model.visual.preprocess_cfg[k])[:, None, None] for k in ("mean", "std"))
@@ -48,10 +43,7 @@ def test_accuracy_is_the_one_by_hand(folder, monkeypatch, capsys):
                 pixels = (np.asarray(Image.open(path)).transpose(2, 0, 1) / 255 - mean) / std
                 embedding = clip.model.encode_image(torch.from_numpy(pixels[None]).float()).double().numpy()[0]
                 right.append(int(np.argmax(np.array(rows) @ embedding)) == k)
-    monkeypatch.setattr(
-        sys, "argv", ["zero_shot.py", "miniature", "miniature", "--data", folder, "--templates", *TEMPLATES]
-    )
-    zero_shot.main()
+    zero_shot.main(["miniature", "miniature", "--data", folder, "--templates", *TEMPLATES])
     printed = capsys.readouterr().out
     assert 0.3 < np.mean(right) < 1 and printed.count(f"miniature: {100 * np.mean(right):.2f}%") == 2
     assert "40 pictures of 10 classes" in printed and "won 0, lost 0, exact McNemar p = 1" in printed
@@ -60,10 +52,9 @@ def test_accuracy_is_the_one_by_hand(folder, monkeypatch, capsys):
     assert found == [name.replace("_", " ") for name in names] and len(paths) == 40
     batches = list(zero_shot.read_pictures(clip, paths, 7))
     assert (zero_shot.classify(clip, batches, found, "cpu", TEMPLATES) == labels).tolist() == right
-    weights = open_clip.build_zero_shot_classifier(
-        clip.model, clip.tokenizer(), found, open_clip.OPENAI_IMAGENET_TEMPLATES
-    )
-    with torch.no_grad():  # without templates: OpenAI's 80
+    eighty = open_clip.OPENAI_IMAGENET_TEMPLATES  # without templates
+    weights = open_clip.build_zero_shot_classifier(clip.model, clip.tokenizer(), found, eighty)
+    with torch.no_grad():
         nearest = (clip.model.encode_image(torch.cat(batches), normalize=True) @ weights).argmax(1).numpy()
     assert (zero_shot.classify(clip, batches, found, "cpu") == nearest).all()
 
@@ -102,22 +93,23 @@ def test_imagenets_numbers_are_read_by_their_names(tmp_path, monkeypatch):
         zero_shot.read_folder(str(tmp_path))
 
 
-def test_what_cannot_be_measured_is_refused(folder, tmp_path, monkeypatch):
-    def refused(sentence: str, *options: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["zero_shot.py", *options])
-        with pytest.raises(UserError, match=sentence):
-            zero_shot.main()
-
-    clip = f"{MINIATURE}/clip"
-    refused("no such folder", clip, "--data", "nowhere")
-    refused("needs a subfolder for each class, and has 0", clip, "--data", str(tmp_path))
-    refused("no such CLIP", "nothing", "--data", folder)
-    refused("needs {} where the name goes", clip, "--data", folder, "--templates", "a photo")
-    refused("--batch-size: must be at least 1", clip, "--data", folder, "--batch-size", "0")
-    for name in ("cat", "dog"):
-        (tmp_path / name).mkdir()
-    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(tmp_path / "cat" / "0.jpg")
-    refused("dog: no images", clip, "--data", str(tmp_path))
-    (tmp_path / "dog" / "0.jpg").write_bytes((tmp_path / "cat" / "0.jpg").read_bytes()[:2000])
-    refused("dog/0.jpg: not a readable image", clip, "--data", str(tmp_path))
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        ("miniature --data nowhere", "no such folder"),
+        ("miniature --data TMP/broken/cat", "needs a subfolder for each class, and has 0"),
+        ("miniature --data TMP/empty", "dog: no images"),
+        ("miniature --data TMP/broken", "dog/0.jpg: not a readable image"),
+        ("miniature nothing --data nowhere", "nothing: no such CLIP"),
+        ("miniature --data TMP/broken --templates photo", "needs {} where the name goes"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(tmp_path, options, sentence):
+    for name in ("broken/cat", "broken/dog", "empty/cat", "empty/dog"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("broken/cat", "broken/dog", "empty/cat"):
+        Image.effect_noise((64, 64), 90).save(tmp_path / name / "0.jpg")
+    cut = (tmp_path / "broken/dog/0.jpg").read_bytes()[:1500]
+    (tmp_path / "broken/dog/0.jpg").write_bytes(cut)
+    with pytest.raises(UserError, match=sentence):
+        zero_shot.main(options.replace("TMP", str(tmp_path)).split())

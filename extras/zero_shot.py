@@ -3,11 +3,8 @@
     python extras/zero_shot.py openai-vit-l-14-224 runs/l14/clip --data imagenet/val
 
 FOLDER has a subfolder for each class, named after it (`fire_truck` is read as "fire truck"; all of ImageNet may keep
-its own names, `n01440764` …, and is read by OpenAI's). A picture is right if the nearest class is its own. A class is
-the mean of its name's embeddings in OpenAI's 80 templates, by open_clip's `build_zero_shot_classifier`. All in fp32.
-
-Printed: top-1 with its 95% Wilson interval; and the change from the first CLIP on the same pictures with a 95%
-interval (a bootstrap over pictures) and the exact McNemar p-value.
+its own names, `n01440764` …, and is read by OpenAI's). A picture is right if the nearest class is its own; a class is
+the mean of its name's embeddings in all templates. All in fp32.
 """
 
 from __future__ import annotations
@@ -27,18 +24,17 @@ from PIL import Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from data import open_images
 from harness.errors import UserError, brief, fail, one_sentence
 from harness.recipes import locate_clip
 from harness.scores import mcnemar
+from harness.sources import ImageFiles
 from model import Clip, load_clip
 
 
 def read_folder(folder: str) -> tuple[list[str], list[str], np.ndarray]:
     """The classes' names, the pictures' paths (n,), and which class each of them is (n,).
 
-    Raises:
-        UserError: fewer than two classes, a class without pictures, or names that are ImageNet's numbers in part.
+    UserError: fewer than two classes, a class without pictures, or names that are ImageNet's numbers in part.
     """
     if not Path(folder).is_dir():
         raise UserError(f"--data {folder}: no such folder")
@@ -52,13 +48,13 @@ def read_folder(folder: str) -> tuple[list[str], list[str], np.ndarray]:
         names = list(open_clip.IMAGENET_CLASSNAMES)  # in the order of their numbers
     paths, labels = [], []
     for label, path in enumerate(classes):
-        files = open_images([str(path)], False)
+        files = ImageFiles(str(path))
         paths += [files.name(i) for i in range(len(files))]
         labels += [label] * len(files)
     return names, paths, np.array(labels)
 
 
-def read_pictures(clip: Clip, paths: Sequence[str], batch_size: int) -> Iterator[torch.Tensor]:
+def read_pictures(clip: Clip, paths: Sequence[str], batch_size: int = 64) -> Iterator[torch.Tensor]:
     """The pictures as CLIP's input, in batches (B, 3, s, s). UserError: one cannot be read."""
     preprocess = clip.preprocess()
 
@@ -83,13 +79,8 @@ def classify(
 ) -> np.ndarray:
     """Which class's name is nearest to each picture, (n,) int.
 
-    Args:
-        batches: pictures as this CLIP's input, (B, 3, s, s).
-        names: the classes'.
-        templates: sentences with {} in the name's place; if not given, OpenAI's 80.
-
-    Raises:
-        UserError: this CLIP has no tokenizer, or gives what is not finite.
+    `batches` are pictures as this CLIP's input, (B, 3, s, s), `templates` sentences with {} in the name's place
+    (OpenAI's 80). UserError: this CLIP has no tokenizer, or gives what is not finite.
     """
     model, sentences = clip.model.to(device), open_clip.OPENAI_IMAGENET_TEMPLATES
     if templates:
@@ -122,22 +113,17 @@ def change(before: np.ndarray, after: np.ndarray) -> str:
     return f"{words}, pictures won {won}, lost {lost}, exact McNemar p = {mcnemar(won, lost):.2g}"
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Zero-shot accuracy of any CLIPs on a folder of pictures.")
     parser.error = fail
-    clips = (
-        "a recipe, ARCH:TAG of open_clip, hf-hub:OWNER/NAME or a folder; CLIP@WEIGHTS too; changes are from the first"
-    )
+    clips = "recipes, ARCH:TAG of open_clip, hf-hub:OWNER/NAME or folders; CLIP@WEIGHTS too; changes are from the first"
     parser.add_argument("clips", nargs="+", metavar="CLIP", help=clips)
     parser.add_argument("--data", required=True, metavar="FOLDER", help="a subfolder for each class, named after it")
     sentences = "sentences with {} for the name, such as 'a photo of a {}.' (default: OpenAI's 80)"
     parser.add_argument("--templates", nargs="+", metavar="TEXT", help=sentences)
-    parser.add_argument("--batch-size", type=int, default=64, help="pictures encoded at once (default: %(default)s)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     for name in args.clips:
         locate_clip(name)
-    if args.batch_size < 1:
-        raise UserError("--batch-size: must be at least 1")
     for text in args.templates or []:
         if "{}" not in text:
             raise UserError(f"--templates {text!r}: needs {{}} where the name goes")
@@ -146,8 +132,7 @@ def main() -> None:
     print(f"{len(paths):,} pictures of {len(names):,} classes, top-1 with its 95% interval", flush=True)
     for name in args.clips:
         clip = load_clip(name, device=str(device))
-        batches = read_pictures(clip, paths, args.batch_size)
-        rights.append(classify(clip, batches, names, device, args.templates) == labels)
+        rights.append(classify(clip, read_pictures(clip, paths), names, device, args.templates) == labels)
         print("{}: {:.2f}% ({:.2f}–{:.2f})".format(name, 100 * rights[-1].mean(), *wilson(rights[-1])), flush=True)
         if len(rights) > 1:
             print(f"    change from {args.clips[0]}: {change(rights[0], rights[-1])}", flush=True)
