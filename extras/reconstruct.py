@@ -5,14 +5,14 @@
 
 Under each image stands what φ draws from the condition of the untouched CLIP, and from that of the trained one. All
 else is the same: the first noise, the drawn patches, and the linear layer, which is the run's at its end. DDIM adds no
-noise of its own, so two pictures differ only by what the two CLIPs say. There is no classifier-free guidance
-(`--guidance 1`), since training has none: with G, ε is moved from that of the text alone to that of the condition, G
-times the way.
+noise of its own. With `--guidance G`, ε is moved from that of the text alone to that of the condition, G times the way;
+training has none of this, so G is 1.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import io
 import json
 import sys
@@ -37,10 +37,7 @@ from train import build
 
 @dataclass
 class Reconstruction:
-    """A run's parts: φ, and the conditions that CLIP gives it before and after.
-
-    `towers` are the vision tower's weights, untouched and trained; the linear layer is the trained run's.
-    """
+    """A run's parts; `towers` are the vision tower's weights, untouched and trained."""
 
     args: argparse.Namespace
     clip: Clip
@@ -55,9 +52,8 @@ class Reconstruction:
     @torch.no_grad()
     def conditions(self, images: torch.Tensor, seed: int) -> list[torch.Tensor]:
         """c of images (B, 3, S, S) in [0, 1], from the untouched CLIP and from the trained one: two (B, 1 + K, W)."""
-        rngs = [np.random.default_rng((seed, i)) for i in range(len(images))]
+        rngs, found = [np.random.default_rng((seed, i)) for i in range(len(images))], []
         patches = draw_patches(self.conditioner.recap, 1, rngs)
-        found = []
         for tower in self.towers:
             self.conditioner.visual.load_state_dict(tower)
             c, _ = self.conditioner(self.clip.prepare(images), self.diffusion.text, patches)  # (B, 1, 1 + K, W)
@@ -105,68 +101,59 @@ def load_run(run: str, device: torch.device) -> Reconstruction:
     args.precision = "bf16" if device.type == "cuda" else "fp32"
     args.compile = args.grad_checkpointing = False
     clip, diffusion, conditioner = build(args, device)
-    untouched = {key: value.clone() for key, value in conditioner.visual.state_dict().items()}
+    untouched = copy.deepcopy(conditioner.visual.state_dict())
     load_checkpoint(Path(run, "checkpoint"), conditioner)
-    trained = {key: value.clone() for key, value in conditioner.visual.state_dict().items()}
+    trained = copy.deepcopy(conditioner.visual.state_dict())
     return Reconstruction(args, clip, diffusion, conditioner, (untouched, trained))
 
 
 def read_images(args: argparse.Namespace, chosen: list[str] | None, count: int, size: int) -> torch.Tensor:
-    """Up to `count` images, (B, 3, size, size) in [0, 1]: cropped to their middle square, bicubic.
+    """Up to `count` images, (B, 3, size, size) in [0, 1].
 
     `chosen` are files, or a folder; if not given, the run's benchmark, one image of a pair, spread over its types, or
     the run's data. UserError: there are none, or one cannot be read.
     """
+    if args.mmvp and not chosen:
+        paths = [pair.images[0] for pair in read_mmvp(args.mmvp)]
+        chosen = paths[:: max(1, len(paths) // count)]
     if chosen and not Path(chosen[0]).is_dir():
         files = [(path, Path(path).read_bytes()) for path in chosen[:count]]
-    elif args.mmvp and not chosen:
-        paths = [pair.images[0] for pair in read_mmvp(args.mmvp)]
-        files = [(path, path.read_bytes()) for path in paths[:: max(1, len(paths) // count)][:count]]
     else:
         source = open_images(chosen or args.data)
         if source is None:
             raise UserError("the run's data are synthetic; name --images")
         files = [(source.name(i), source.read(i)) for i in range(min(count, len(source)))]
-    pixels = []
-    for name, content in files:
-        try:
-            with Image.open(io.BytesIO(content)) as image:
-                square = ImageOps.fit(to_rgb(image), (size, size), Image.Resampling.BICUBIC)
-        except Exception:  # Pillow raises almost any exception on a broken file
-            raise UserError(f"{name}: not a readable image") from None
-        pixels.append(torch.from_numpy(np.array(square)).permute(2, 0, 1) / 255)
-    return torch.stack(pixels)
+    return torch.stack([read_square(name, content, size) for name, content in files])
+
+
+def read_square(name: str | Path, content: bytes, size: int) -> torch.Tensor:
+    """The middle square of an encoded image, (3, size, size) in [0, 1], bicubic. UserError: it cannot be read."""
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            square = ImageOps.fit(to_rgb(image), (size, size), Image.Resampling.BICUBIC)
+    except Exception:  # Pillow raises almost any exception on a broken file
+        raise UserError(f"{name}: not a readable image") from None
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1) / 255
 
 
 def sheet(rows: dict[str, torch.Tensor], note: str) -> Image.Image:
     """Rows of pictures (B, 3, S, S), each with its name at the left, and a line below."""
-    size = next(iter(rows.values())).shape[-1]
+    count, _, _, size = next(iter(rows.values())).shape
     side = size * max(1, 128 // size) if size <= 256 else 256  # whole pixels, enlarged
-    font, left, gap = ImageFont.load_default(15), 130, 2
-    width = left + (side + gap) * len(next(iter(rows.values())))
-    page = Image.new("RGB", (width, (side + gap) * len(rows) + 24), "white")
-    ink = ImageDraw.Draw(page)
     resample = Image.Resampling.NEAREST if size <= 128 else Image.Resampling.LANCZOS
+    font, left, cell = ImageFont.load_default(15), 130, side + 2
+    page = Image.new("RGB", (left + cell * count, cell * len(rows) + 24), "white")
+    ink = ImageDraw.Draw(page)
     for r, (name, pictures) in enumerate(rows.items()):
-        ink.text((left - 10, r * (side + gap) + side // 2), name, fill="black", font=font, anchor="rm")
+        ink.text((left - 10, r * cell + side // 2), name, fill="black", font=font, anchor="rm")
         for b, pixels in enumerate(pictures.cpu()):
             picture = Image.fromarray((pixels.permute(1, 2, 0) * 255).round().byte().numpy())
-            page.paste(picture.resize((side, side), resample), (left + b * (side + gap), r * (side + gap)))
+            page.paste(picture.resize((side, side), resample), (left + b * cell, r * cell))
     ink.text((left, page.height - 6), note, fill="black", font=font, anchor="ls")
     return page
 
 
-def compare(run: Reconstruction, images: torch.Tensor, steps: int, guidance: float, seed: int) -> tuple:
-    """The page of images (B, 3, S, S), and what is the same in its two rows, in words."""
-    noise = run.noise(len(images), seed)
-    before, after = [run.draw(c, noise, steps, guidance) for c in run.conditions(images, seed)]
-    learns = not run.args.freeze_projection or run.args.projection_steps
-    layer = f"the run's, {run.args.projection} at its start, {'then trained' if learns else 'and frozen'}"
-    note = f"same noise, patches and linear layer ({layer}); DDIM, {steps} steps, guidance {guidance:g}"
-    return sheet({"image": images, "untouched CLIP": before, "after training": after}, note), note
-
-
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description="What the diffusion model draws from CLIP's condition, before and after."
     )
@@ -179,7 +166,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50, metavar="N", help="of DDIM (%(default)s)")
     parser.add_argument("--guidance", type=float, default=1, metavar="G", help="classifier-free; 1: none (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise and the patches (%(default)s)")
-    own = parser.parse_args()
+    own = parser.parse_args(argv)
     if own.count < 1 or not 1 <= own.steps <= 1000 or own.seed < 0:
         raise UserError("--count must be at least 1, --steps from 1 to 1000, --seed 0 or more")
     if Path(own.file).suffix.lower() != ".png" or not Path(own.file).absolute().parent.is_dir():
@@ -187,8 +174,12 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     run = load_run(own.run, device)
     images = read_images(run.args, own.images, own.count, run.image_size).to(device)
-    page, note = compare(run, images, own.steps, own.guidance, own.seed)
-    page.save(own.file, optimize=True)
+    noise, conditions = run.noise(len(images), own.seed), run.conditions(images, own.seed)
+    before, after = [run.draw(c, noise, own.steps, own.guidance) for c in conditions]
+    learns = not run.args.freeze_projection or run.args.projection_steps
+    layer = f"the run's, {run.args.projection} at its start, {'then trained' if learns else 'and frozen'}"
+    note = f"same noise, patches and linear layer ({layer}); DDIM, {own.steps} steps, guidance {own.guidance:g}"
+    sheet({"image": images, "untouched CLIP": before, "after training": after}, note).save(own.file, optimize=True)
     print(f"written: {own.file}; {note}")
 
 

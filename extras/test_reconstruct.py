@@ -1,7 +1,7 @@
 """extras/reconstruct.py: the pictures are diffusers' own, and differ by what CLIP says alone."""
 
 import json
-import sys
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,6 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import save_file
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from condition import visual_tokens
 from extras import reconstruct
 from harness.errors import UserError
@@ -71,17 +70,14 @@ def test_the_conditions_differ_by_the_tower_alone(tmp_path):
     assert (before - after).abs().max() > 0.1
 
 
-def test_a_tower_that_has_not_changed_draws_the_same_pictures(tmp_path, monkeypatch, capsys):
+def test_a_tower_that_has_not_changed_draws_the_same_pictures(tmp_path, capsys):
     """With random patches; and the page has the pixels, enlarged, under one another."""
-    write_run(
-        tmp_path / "run", "--recap", "random:30%", "--join", "mean", "--projection", "fitted", "--freeze-projection"
-    )
+    write_run(tmp_path / "run")
     pixels = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
     for i in (0, 1):
         Image.fromarray(pixels[i]).save(tmp_path / f"{i}.png")
-    options = [str(tmp_path / "run"), str(tmp_path / "page.png"), "--steps", "2", "--images"]
-    monkeypatch.setattr(sys, "argv", ["reconstruct.py", *options, *(str(tmp_path / f"{i}.png") for i in (0, 1))])
-    reconstruct.main()
+    images = [f"{tmp_path}/0.png", f"{tmp_path}/1.png"]
+    reconstruct.main([f"{tmp_path}/run", f"{tmp_path}/page.png", "--steps", "2", "--images", *images])
     page = np.asarray(Image.open(tmp_path / "page.png"))
     rows = [[page[y : y + 128, x : x + 128] for x in (130, 260)] for y in (0, 130, 260)]
     for i in (0, 1):
@@ -107,20 +103,22 @@ def test_the_images_are_the_benchmarks_then_the_datas(tmp_path):
     assert reconstruct.read_images(args, [str(tmp_path)], 9, 32).min() == 1
 
 
-def test_what_cannot_be_drawn_is_refused(tmp_path, monkeypatch):
-    def refused(sentence: str, *options: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["reconstruct.py", *options])
-        with pytest.raises(UserError, match=sentence):
-            reconstruct.main()
-
-    run, page = str(tmp_path / "run"), str(tmp_path / "page.png")
-    refused("is no run's folder", run, page)
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        ("TMP TMP/page.png", "is no run's folder"),
+        ("TMP/run TMP/page.jpg", "must be a FILE.png in a folder that exists"),
+        ("TMP/run TMP/no/page.png", "must be a FILE.png in a folder that exists"),
+        ("TMP/run TMP/page.png --steps 0", "--steps from 1 to 1000"),
+        ("TMP/run TMP/page.png --images TMP/run/args.json", "args.json: not a readable image"),
+        ("TMP/begun TMP/page.png", "has no checkpoint yet"),
+        ("TMP/random TMP/page.png", "its weights were random"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(tmp_path, options, sentence):
     write_run(tmp_path / "run")
-    refused("must be a FILE.png in a folder that exists", run, f"{run}/page.jpg")
-    refused("must be a FILE.png in a folder that exists", run, f"{run}/no/page.png")
-    refused("--steps from 1 to 1000", run, page, "--steps", "0")
-    refused("args.json: not a readable image", run, page, "--images", f"{run}/args.json")
-    (tmp_path / "run" / "checkpoint").rename(tmp_path / "away")
-    refused("has no checkpoint yet", run, page)
     write_run(tmp_path / "random", "--random-weights", "--projection", "random")
-    refused("its weights were random", str(tmp_path / "random"), page)
+    (tmp_path / "begun").mkdir()
+    shutil.copy(tmp_path / "run" / "args.json", tmp_path / "begun")
+    with pytest.raises(UserError, match=sentence):
+        reconstruct.main(options.replace("TMP", str(tmp_path)).split())
