@@ -5,8 +5,7 @@
     python extras/bench.py --recipe openai-vit-l-14-224 --as-released      # and the released code's work, alternately
 
 The step is train.py's own loop, on one device and without DDP, with random weights and synthetic images: one
-micro-batch and the optimizer, whose part a run that accumulates takes less often. What sweeps recipes, states or sizes
-is a loop in a shell: see extras/README.md.
+micro-batch and the optimizer. How to read the figures: extras/README.md.
 """
 
 from __future__ import annotations
@@ -44,20 +43,14 @@ OPENAI = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.275777
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The step
-
-
 def nothing(*_) -> None:
     """What a run (harness/run.py) does around a step is not measured."""
 
 
 class Step:
-    """`step()` is one step of train.py's loop that trains θ, with the same micro-batch of synthetic images each time.
+    """One step of train.py's loop that trains θ, with the same micro-batch of synthetic images each time.
 
-    Args:
-        args: of `read_args`.
-        device: "meta" too, where nothing is computed.
+    `args` are those of `read_args`; on the device "meta" nothing is computed.
     """
 
     def __init__(self, args: argparse.Namespace, device: torch.device):
@@ -70,21 +63,15 @@ class Step:
         self.image_size = args.image_size or self.diffusion.image_size
         images = data.TrainingImages(None, self.image_size, args.batch_size, args.seed)
         self.batch = data.collate([images[0, i] for i in range(args.micro_batch)])
-        if device.type == "cuda":  # as the batches of a run
-            self.batch["images"] = self.batch["images"].pin_memory()
 
     def batches(self) -> Iterator[dict]:
         while True:
             yield data.to_device(self.batch, self.device)
 
-    def __call__(self) -> None:
-        models, batches = (self.clip, self.diffusion, self.conditioner), self.batches()
+    def __call__(self) -> float:
+        """Takes one step, and says how many seconds it took."""
+        models, batches, start = (self.clip, self.diffusion, self.conditioner), self.batches(), now(self.device)
         train.algorithm_1(self.args, *models, self.optimizer, self.args.lr, range(1), batches, self.run, self.pull)
-
-    def seconds(self) -> float:
-        """How long one step takes."""
-        start = now(self.device)
-        self()
         return now(self.device) - start
 
     def parts(self) -> Counter:
@@ -126,18 +113,12 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The released step
-
-
 class ReleasedStep(Step):
     """An imitation of the released step's work with the models of `step`; not its code, and not its numbers.
 
-    As there: the N states of an image go one by one through CLIP, φ's text encoder and the U-Net, each with a backward
-    pass of its own; the VAE encodes an image once; φ is held in fp32 and computed under autocast, so its weights are
-    cast anew at each use; the VAE's input is normalised for OpenAI's CLIP and brought back by ImageNet's numbers. The
-    U-Net is frozen there too, so no weight gradients are added. Not imitated: the first state's weight in the
-    gradient, the way patches are drawn, and what the Trainer around the step costs.
+    As there, the N states of an image go one by one through CLIP, φ's text encoder and the U-Net, each with a backward
+    pass of its own; the VAE encodes an image once. Not imitated: the first state's weight in the gradient, the way
+    patches are drawn, and what the Trainer around the step costs.
     """
 
     def __init__(self, step: Step):
@@ -155,7 +136,11 @@ class ReleasedStep(Step):
 
 
 class ReleasedDiffusion(Diffusion):
-    """φ in fp32 under autocast to the precision of `diffusion`; its `text` is embedded anew each time it is read."""
+    """φ in fp32 under autocast to the precision of `diffusion`, so its weights are cast anew at each use.
+
+    Its `text` is embedded each time it is read. The VAE's input is normalised for OpenAI's CLIP, and brought back by
+    ImageNet's numbers.
+    """
 
     def __init__(self, diffusion: Diffusion, name: str, device: torch.device):
         kind = "cuda" if device.type == "cuda" else "cpu"  # there is no autocast for meta
@@ -163,8 +148,8 @@ class ReleasedDiffusion(Diffusion):
         if os.path.isdir(name):
             config = CLIPTextConfig.from_pretrained(name, subfolder="text_encoder")
         else:  # 2.1-base's
-            width = dict(hidden_size=1024, intermediate_size=4096)
-            config = CLIPTextConfig(**width, num_hidden_layers=23, num_attention_heads=16)
+            depth = dict(num_hidden_layers=23, num_attention_heads=16)
+            config = CLIPTextConfig(hidden_size=1024, intermediate_size=4096, **depth)
         with torch.device(device):
             self.text_encoder = CLIPTextModel(config).requires_grad_(False).eval()
             self.tokens = torch.zeros(1, config.max_position_embeddings, dtype=torch.int64)
@@ -187,20 +172,17 @@ class ReleasedDiffusion(Diffusion):
         return self.encoded[1]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Work, counted on the meta device
-
-
 def on_meta(args: argparse.Namespace) -> Step:
     """The step of `args` with shapes alone, not compiled: the counter does not see into compiled kernels."""
-    with torch.device("meta"):
-        return Step(argparse.Namespace(**vars(args) | dict(compile=False)), torch.device("meta"))
+    meta = torch.device("meta")
+    with meta:
+        return Step(argparse.Namespace(**vars(args) | dict(compile=False)), meta)
 
 
 def executed_work(step: Step) -> float:
     """TFLOP per image that a step on the meta device executes, by torch's own counter.
 
-    Attention counts as two products of matrices. What a fused kernel computes again in its backward pass is not work.
+    What a fused kernel computes again in its backward pass is not work.
     """
     counter = FlopCounterMode(display=False)
     with counter:
@@ -246,26 +228,22 @@ def forward_work(model: Callable, *inputs: torch.Tensor, since: Sequence = ()) -
     return counts[-1], counts[-1] - counts[0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The command
-
-
 def measure(args: argparse.Namespace, device: torch.device, times: int, released: bool) -> dict[str, list[float]]:
     """The figures of a step, each with all its values."""
     meta, step = on_meta(args), Step(args, device)
-    step.seconds()
+    step()
     if device.type == "cuda":  # the memory of a step, not that of loading
         torch.cuda.reset_peak_memory_stats()
-    step.seconds()
+    step()
     gib = peak_memory() / 2**30
-    imitation = ReleasedStep(step) if released else None
-    if imitation:
-        imitation.seconds()
     here, there, parts = [], [], []
+    if released:
+        imitation = ReleasedStep(step)
+        imitation()
     for _ in range(times):
-        here.append(step.seconds())
-        if imitation:
-            there.append(imitation.seconds())
+        here.append(step())
+        if released:
+            there.append(imitation())
         if not args.compile:
             parts.append(step.parts())
     image, work = 1000 / args.micro_batch, executed_work(meta)  # from seconds to ms an image; TFLOP an image
@@ -277,7 +255,7 @@ def measure(args: argparse.Namespace, device: torch.device, times: int, released
     figures["work, TFLOP an image"] = [work]
     figures["… over the least that is needed"] = [work / sum(least_work(meta).values())]
     figures["… TFLOP/s"] = [work * args.micro_batch / seconds for seconds in here]
-    if imitation:
+    if released:
         figures["the released step's work, ms an image"] = [seconds * image for seconds in there]
         figures["… its time over the step's"] = [b / a for a, b in zip(here, there)]
         figures["… TFLOP an image"] = [executed_work(ReleasedStep(meta))]
