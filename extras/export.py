@@ -3,11 +3,10 @@
     python extras/export.py runs/l14/clip l14-clip            # what a run has saved
     python extras/export.py openai-vit-l-14-224 origin-clip   # or any CLIP that evaluate_mmvp.py takes
 
-AutoModel reads a CLIPModel from a ViT with a class token and a SiglipModel from a timm tower that pools by attention
-(whose GELU stays open_clip's exact one, where transformers' default is the tanh approximation); AutoImageProcessor and
-AutoTokenizer read theirs. Before the folder gets its name it is loaded and compared with ours in fp32: image features,
-patch tokens (after the final LayerNorm and the projection, which follow a CLIPModel's `last_hidden_state`) and text
-features. What differs by more than TOLERANCE is not written.
+AutoModel reads a CLIPModel from a ViT with a class token and a SiglipModel from a timm tower that pools by attention;
+AutoImageProcessor and AutoTokenizer read theirs. Before the folder gets its name it is loaded and compared with ours in
+fp32: image features, patch tokens (for a CLIPModel after the final LayerNorm and the projection, which follow its
+`last_hidden_state`) and text features. What differs by more than TOLERANCE is not written.
 
 Pixels equal open_clip's with backend="pil"; transformers' default backend rounds otherwise, by at most two grey levels
 of 255. If a picture is 3, 7, 11 … pixels too long, both cut its middle one pixel beside open_clip's. Call the tokenizer
@@ -55,8 +54,7 @@ def export(clip: Clip, folder: str | os.PathLike) -> dict[str, float]:
 
     A tokenizer that cannot be had is left out; `clip.tokenizer_error` then says why.
 
-    Raises:
-        UserError: transformers has no such CLIP, or the folder cannot be written; what was there is whole.
+    UserError: transformers has no such CLIP, or the folder cannot be written; what was there is whole.
     """
     try:
         weights = to_transformers(clip.model.state_dict())
@@ -84,7 +82,7 @@ def export(clip: Clip, folder: str | os.PathLike) -> dict[str, float]:
 
 def transformers_config(clip: Clip, family: str, tokenizer):
     """The CLIPConfig or SiglipConfig of `clip`. UserError: a tower is not a plain transformer."""
-    model, width = clip.model, clip.config["embed_dim"]
+    model = clip.model
     patches = next(module for module in model.visual.modules() if isinstance(module, nn.Conv2d))
     vision = tower_config(model.visual) | dict(image_size=clip.image_size, patch_size=patches.kernel_size[0])
     text = tower_config(model.text if hasattr(model, "text") else model.transformer)
@@ -92,7 +90,7 @@ def transformers_config(clip: Clip, family: str, tokenizer):
     text |= {f"{k}_token_id": getattr(tokenizer, f"{k}_token_id", None) for k in ("bos", "eos", "pad")}
     if not tokenizer and family == "CLIP":
         text["eos_token_id"] = model.vocab_size - 1  # the token that is read: to open_clip the highest
-    width = {"projection_dim" if family == "CLIP" else "projection_size": width}
+    width = {"projection_dim" if family == "CLIP" else "projection_size": clip.config["embed_dim"]}
     return getattr(transformers, f"{family}Config")(
         text_config=text | width, vision_config=vision | width, architectures=[f"{family}Model"], **width
     )
@@ -141,13 +139,12 @@ def transformers_tokenizer(clip: Clip):
 
 def image_processor(clip: Clip, family: str):
     """Its preprocessing as an image processor of transformers. UserError: it pads."""
-    cfg, side = clip.model.visual.preprocess_cfg, clip.image_size
+    cfg, square = clip.model.visual.preprocess_cfg, dict(height=clip.image_size, width=clip.image_size)
     if cfg["resize_mode"] == "longest":
         raise UserError("transformers has no image processor that fits the longest side and pads")
-    square = dict(height=side, width=side)
     shortest = cfg["resize_mode"] == "shortest"
     return getattr(transformers, f"{family}ImageProcessor")(
-        size=dict(shortest_edge=side) if shortest else square,
+        size=dict(shortest_edge=clip.image_size) if shortest else square,
         do_center_crop=shortest,
         crop_size=square,
         resample=2 if cfg["interpolation"] == "bilinear" else 3,
@@ -160,8 +157,7 @@ def image_processor(clip: Clip, family: str):
 def differences(clip: Clip, folder: Path, family: str, tokenizer) -> dict[str, float]:
     """Loads what was exported to `folder`: its largest difference from `clip` over the largest value, by output.
 
-    Raises:
-        UserError: a weight has no place in transformers' model, or lacks there.
+    UserError: a weight has no place in transformers' model, or lacks there.
     """
     options = dict(output_loading_info=True, ignore_mismatched_sizes=True)
     model, loaded = transformers.AutoModel.from_pretrained(folder, **options)
@@ -170,8 +166,7 @@ def differences(clip: Clip, folder: Path, family: str, tokenizer) -> dict[str, f
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, 3, clip.image_size, clip.image_size, generator=generator)
     if tokenizer:
-        ids = clip.tokenizer()(TEXTS)
-        reloaded = transformers.AutoTokenizer.from_pretrained(folder)
+        ids, reloaded = clip.tokenizer()(TEXTS), transformers.AutoTokenizer.from_pretrained(folder)
         tokens = reloaded(TEXTS, padding="max_length", truncation=True, return_tensors="pt")
     else:
         ids = torch.randint(clip.model.vocab_size - 1, (4, clip.model.context_length), generator=generator)

@@ -4,7 +4,6 @@ from test_smoke import write_clip  # first: it sets what the libraries read when
 
 # isort: split
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +22,14 @@ OPENAI_TEXT = dict(context_length=77, vocab_size=49408, hf_tokenizer_name=None) 
 FULL_SIZE = [name for name in RECIPES if name != "miniature"]
 
 
-def write_clip_to_export(folder: Path, name: str, resize_mode: str = "squash") -> Path:
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    assert a.shape == b.shape
+    return float((a - b).abs().max() / b.abs().max())
+
+
+@pytest.mark.parametrize("name, resize_mode", [("vit", "squash"), ("siglip", "squash"), ("openai", "shortest")])
+def test_the_exported_clip_is_ours(tmp_path, capsys, name, resize_mode):
+    folder, out = tmp_path / "clip", tmp_path / "exported"
     if name == "siglip":
         write_tiny_siglip(folder)
     elif name == "openai":
@@ -33,17 +39,6 @@ def write_clip_to_export(folder: Path, name: str, resize_mode: str = "squash") -
     clip = shaken(model.load_clip(f"{folder}"))
     clip.model.visual.preprocess_cfg["resize_mode"] = resize_mode
     clip.save(folder)
-    return folder
-
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    assert a.shape == b.shape
-    return float((a - b).abs().max() / b.abs().max())
-
-
-@pytest.mark.parametrize("name, resize_mode", [("vit", "squash"), ("siglip", "squash"), ("openai", "shortest")])
-def test_the_exported_clip_is_ours(tmp_path, capsys, name, resize_mode):
-    folder, out = write_clip_to_export(tmp_path / "clip", name, resize_mode), tmp_path / "exported"
     export.main([f"{folder}", f"{out}"])
     said = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in said[:3]] == ["image features", "patch tokens", "text features"]
@@ -90,66 +85,55 @@ def test_the_miniature_is_exported(tmp_path):
     (tmp_path / "exported.old").mkdir()  # a person's, who has made room
     assert max(export.export(clip, tmp_path / "exported").values()) < 5e-6
     assert (tmp_path / "exported.old").exists()
+    with pytest.raises(UserError, match="exported: exists already; an export takes a new folder"):
+        export.main([f"{MINIATURE}/clip", f"{tmp_path}/exported"])
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_weights_that_are_not_finite_are_refused(tmp_path, value):
-    clip = model.load_clip("miniature")
-    with torch.no_grad():
-        clip.model.token_embedding.weight[5, 0] = value  # of a word that no text of the comparison has
-    with pytest.raises(UserError, match="its text_model.embeddings.token_embedding.weight is not finite"):
-        export.export(clip, tmp_path / "exported")
-    assert not any(tmp_path.iterdir())
+TIMM = dict(custom_text=True, init_logit_bias=-10)
+MASKED = SIGLIP_TEXT | dict(no_causal_mask=False, layers=2)
+CLASS_TOKEN = SIGLIP | dict(timm_model_name="test_vit", image_size=160)
+REFUSED = [
+    (24, VIT | dict(ls_init_value=0.1), {}, "it and a CLIPModel differ in vision_model.encoder.layers.0.ls_1.gamma"),
+    (24, VIT | dict(no_ln_pre=True), {}, "it and a CLIPModel differ in vision_model.pre_layrnorm.bias"),
+    (24, VIT, dict(init_logit_bias=-10), "it and a CLIPModel differ in logit_bias"),
+    (24, VIT, dict(text_cfg=dict(pool_type="first")), "its text features differ from a CLIPModel's by "),
+    (24, SIGLIP, TIMM | dict(text_cfg=MASKED), "its text features differ from a SiglipModel's by "),
+    (24, SIGLIP, TIMM, "it and a SiglipModel differ in text_model.head.bias"),
+    (64, CLASS_TOKEN, TIMM | dict(text_cfg=SIGLIP_TEXT), "differ in vision_model.cls_token"),
+]
 
 
-@pytest.mark.parametrize(
-    "vision, more, message",
-    [
-        (VIT | dict(ls_init_value=0.1), {}, "it and a CLIPModel differ in vision_model.encoder.layers.0.ls_1.gamma"),
-        (VIT | dict(no_ln_pre=True), {}, "it and a CLIPModel differ in vision_model.pre_layrnorm.bias"),
-        (VIT, dict(init_logit_bias=-10), "it and a CLIPModel differ in logit_bias"),
-        (VIT, dict(text_cfg=dict(pool_type="first")), "its text features differ from a CLIPModel's by "),
-        (
-            SIGLIP,
-            dict(text_cfg=SIGLIP_TEXT | dict(no_causal_mask=False, layers=2)),
-            "its text features differ from a SiglipModel's by ",
-        ),
-        (SIGLIP, {}, "it and a SiglipModel differ in text_model.head.bias"),
-        (
-            SIGLIP | dict(timm_model_name="test_vit", image_size=160),
-            dict(text_cfg=SIGLIP_TEXT),
-            "differ in vision_model.cls_token",
-        ),
-    ],
-)
-def test_what_transformers_cannot_express_is_refused(tmp_path, vision, more, message):
-    if "timm_model_name" in vision:
-        more = more | dict(custom_text=True, init_logit_bias=-10)
-    folder = write_clip(tmp_path / "clip", 64 if vision["image_size"] == 160 else 24, vision, **more)
+@pytest.mark.parametrize("width, vision, more, message", REFUSED)
+def test_what_transformers_cannot_express_is_refused(tmp_path, width, vision, more, message):
+    folder = write_clip(tmp_path / "clip", width, vision, **more)
     with pytest.raises(UserError, match=f"local-dir:{folder} cannot be exported: .*{message}") as stop:
         export.main([f"{folder}", f"{tmp_path}/exported"])
     assert "\n" not in str(stop.value) and [path.name for path in tmp_path.iterdir()] == ["clip"]
 
 
-def test_padding_and_other_activations_are_refused(tmp_path):
-    folder = write_clip_to_export(tmp_path / "clip", "vit", "longest")
-    with pytest.raises(UserError, match="no image processor that fits the longest side and pads"):
-        export.main([f"{folder}", f"{tmp_path}/exported"])
-    clip = model.load_clip(f"{folder}")
-    clip.model.transformer.resblocks[0].mlp.gelu = torch.nn.SiLU()
-    with pytest.raises(UserError, match="the activation SiLU.* is none of QuickGELU"):
+def spoil(clip: model.Clip, value: float) -> None:
+    clip.model.token_embedding.weight.data[5, 0] = value  # of a word that no text of the comparison has
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda clip: spoil(clip, math.nan), "its text_model.embeddings.token_embedding.weight is not finite"),
+        (lambda clip: spoil(clip, math.inf), "its text_model.embeddings.token_embedding.weight is not finite"),
+        (lambda clip: clip.model.visual.preprocess_cfg.update(resize_mode="longest"), "fits the longest side and pads"),
+        (lambda clip: setattr(clip.model.transformer.resblocks[0].mlp, "gelu", torch.nn.SiLU()), "SiLU.* is none of"),
+    ],
+)
+def test_a_changed_clip_is_refused(tmp_path, change, message):
+    clip = model.load_clip("miniature")
+    change(clip)
+    with pytest.raises(UserError, match=message):
         export.export(clip, tmp_path / "exported")
-    assert [path.name for path in tmp_path.iterdir()] == ["clip"]
-
-
-def test_an_export_takes_a_new_folder(tmp_path):
-    (tmp_path / "exported").mkdir()
-    with pytest.raises(UserError, match="exported: exists already; an export takes a new folder"):
-        export.main([f"{MINIATURE}/clip", f"{tmp_path}/exported"])
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_clip_without_its_tokenizer_is_exported_all_the_same(tmp_path, capsys):
-    folder, out = write_clip_to_export(tmp_path / "clip", "siglip"), tmp_path / "exported"
+    folder, out = write_tiny_siglip(tmp_path / "clip"), tmp_path / "exported"
     (folder / "tokenizer_config.json").unlink()
     export.main([f"{folder}", f"{out}"])
     assert f"without a tokenizer: {folder}: this CLIP was saved without its tokenizer" in capsys.readouterr().out
