@@ -2,42 +2,39 @@
 
     python extras/feedback.py                                                            # the miniature
     python extras/feedback.py --recipe two-stage-openai-vit-l-14-224 --mmvp MMVP/MMVP_VLM --data 'cc3m/*.tar' \
-        --projection-steps 500 --timesteps 500:1000 --json feedback.json
+        --projection-steps 500 --timesteps 500:1000
 
 **The needle.** A pair of the benchmark has images A, B and statements a, b, with the margins cos(a, A) − cos(a, B) and
-cos(b, B) − cos(b, A). Let each image's class token take one small step down its own denoising loss: do the margins
-rise? To first order the rise of their sum m is −∇m · g, where g is the loss's gradient, averaged over `--draws` draws
-of the N states.
-It is divided by |∇m| and by the mean |g| over pairs, so it is a cosine on the average: 0 means that the feedback has no
+cos(b, B) − cos(b, A). Let each image's class token take one small step down its own denoising loss: to first order the
+sum m of the margins rises by −∇m · g, where g is the loss's gradient, averaged over `--draws` draws of the N states. It
+is divided by |∇m| and by the mean |g| over pairs, so it is a cosine on the average: 0 means that the feedback has no
 direction, 1 that it is the direction of the words. z is its mean over its standard error over pairs.
 
 **Without a network in between.** The class tokens themselves move down their own loss, `--moves` times by a fifth of
-their mean distance from their centre, and the benchmark is scored again. What is gained there is what φ knows; what a
-training then gains is what the vision tower can learn of it.
+their mean distance from their centre, and the benchmark is scored again. What is gained there is what φ knows.
 
 Both are given at the start of the linear layer (--projection random or fitted) and, with --projection-steps and --data,
-after that many steps of the layer alone, by train.py's own loop. Options are train.py's; nothing is saved but --json.
+after that many steps of the layer alone, by train.py's own loop. Options are train.py's; nothing is saved.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from beyond import fit_projection
 from condition import draw_patches, visual_tokens
-from data import TrainingImages, batch_keys, open_images, read_batches, to_rgb
+from data import TrainingImages, batch_keys, open_images, read_batches
 from evaluate_mmvp import pairs_right
+from extras.reconstruct import read_square
 from harness.errors import UserError, fail, one_sentence
 from harness.mmvp import Pair, read_mmvp
 from harness.options import parse_args
@@ -87,18 +84,16 @@ class Pairs:
         self.types = [pair.type for pair in pairs]
         latents, cls, local, texts, tokenizer = [], [], [], [], clip.tokenizer()
         for pair in tqdm(pairs, desc="encode", unit="pair", leave=False):
-            pixels = []
-            for path in pair.images:
-                with Image.open(path) as image:
-                    square = to_rgb(image).resize((size, size), Image.Resampling.BICUBIC)
-                pixels.append(torch.from_numpy(np.array(square)).permute(2, 0, 1) / 255)
-            pixels = torch.stack(pixels).to(device)  # (2, 3, S, S)
+            squares = [read_square(path, path.read_bytes(), size) for path in pair.images]
+            pixels = torch.stack(squares).to(device)  # (2, 3, S, S)
             latents.append(diffusion.encode(pixels))
-            for into, tokens in zip((cls, local), visual_tokens(clip.model.visual, clip.prepare(pixels))):
-                into.append(tokens)
+            tokens = visual_tokens(clip.model.visual, clip.prepare(pixels))
+            cls.append(tokens[0])
+            local.append(tokens[1])
             words = tokenizer(["a photo of " + statement for statement in pair.statements]).to(device)
             texts.append(clip.model.encode_text(words, normalize=True))
-        self.latents, self.cls, self.local, self.texts = *map(torch.cat, (latents, cls, local)), torch.stack(texts)
+        self.latents, self.texts = torch.cat(latents), torch.stack(texts)
+        self.cls, self.local = torch.cat(cls), torch.cat(local)
         check_finite("the latents of the benchmark's images", self.latents)
         check_finite("CLIP's tokens of the benchmark's images", self.cls, self.local)
         check_finite("CLIP's embeddings of the benchmark's statements", self.texts)
@@ -140,7 +135,7 @@ def needles(pairs: Pairs, gradient: torch.Tensor) -> np.ndarray:
 def measure(args, diffusion, conditioner, pairs: Pairs) -> dict:
     """`rows`: of each type and of all the needle, its z, and the score before and after each move of the class tokens.
 
-    `change` is the 95% interval of what all moves change in the score of all.
+    z is None for a single pair. `change` is the 95% interval of what all moves change in the score of all.
     """
     cls, types, rights = pairs.cls, pairs.types, [pairs_right(pairs.cosines(pairs.cls).cpu().numpy())]
     gradient = feedback(args, diffusion, conditioner, pairs, cls, args.seed)
@@ -154,18 +149,14 @@ def measure(args, diffusion, conditioner, pairs: Pairs) -> dict:
     rows = {}
     for name in scores[0]:
         chosen = values if name == "all" else values[np.array(types) == name]
-        rows[name] = dict(needle=float(chosen.mean()), z=z_value(chosen), scores=[score[name] for score in scores])
+        spread = chosen.std(ddof=1) if len(chosen) > 1 else 0
+        z = float(chosen.mean() / spread * len(chosen) ** 0.5) if spread else None
+        rows[name] = dict(needle=float(chosen.mean()), z=z, scores=[score[name] for score in scores])
     return dict(rows=rows, change=interval(rights[-1].astype(int) - rights[0], types))
 
 
-def z_value(values: np.ndarray) -> float | None:
-    """The mean over its standard error; None for a single value, or for equal ones."""
-    spread = values.std(ddof=1) if len(values) > 1 else 0
-    return float(values.mean() / spread * len(values) ** 0.5) if spread else None
-
-
-def text(stages: dict[str, dict]) -> str:
-    """The figures of each stage as a table."""
+def table(stages: dict[str, dict]) -> str:
+    """The figures of each stage as text."""
     width, lines = max(len(name) for name in [*stages, *TYPES]), []
     for stage, found in stages.items():
         lines.append(f"\n{stage:{width + 2}}  needle      z  score before → after each move")
@@ -175,44 +166,6 @@ def text(stages: dict[str, dict]) -> str:
             lines.append(f"  {name:{width}}  {row['needle']:+.3f}  {z:>5}  {scores}")
         lines[-1] += " (95% interval of the change {:+.1f} … {:+.1f})".format(*found["change"])
     return "\n".join(lines)
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description="Does the feedback of a diffusion model point toward the right words, for this CLIP?",
-        epilog="Recipe, models, method and --projection-steps: train.py's options.",
-        allow_abbrev=False,
-    )
-    parser.error = fail
-    add = parser.add_argument
-    add("--pairs", type=int, default=10**9, metavar="N", help="of each type; if not given, all")
-    add("--draws", type=int, default=3, metavar="N", help="draws of N states, averaged (default: 3)")
-    add("--moves", type=int, default=8, metavar="N", help="of the class tokens (default: 8)")
-    add("--json", type=Path, metavar="FILE", help="a file for the figures")
-    own, rest = parser.parse_known_args(argv)
-    if min(own.draws, own.pairs) < 1 or own.moves < 0:
-        raise UserError("--draws and --pairs must be at least 1, --moves at least 0")
-    if own.json and not own.json.absolute().parent.is_dir():
-        raise UserError(f"--json {own.json}: there is no such folder")
-    args = parse_args([*rest, "--steps", "1000000000"])  # --projection-steps are a part of them
-    args.draws, args.moves = own.draws, own.moves
-    if not args.mmvp:
-        raise UserError("--mmvp is needed: the hub's MMVP/MMVP_VLM, or a folder in its layout")
-    if args.data == ["synthetic"] and args.projection_steps:
-        raise UserError("--data synthetic: the linear layer is trained on images; name some")
-    with joined_processes() as device:
-        if dist.get_world_size() > 1:
-            raise UserError("one process does it all: start feedback.py with python")
-        args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
-        benchmark = read_mmvp(args.mmvp)
-        names = type_names([pair.type for pair in benchmark])
-        of_type = [[pair for pair in benchmark if pair.type == name] for name in names]
-        benchmark = [pair for pairs in of_type for pair in pairs[: own.pairs]]
-        stages = follow(args, device, benchmark)
-    if own.json:
-        content = dict(args=vars(args), pairs=len(benchmark), stages=stages)
-        own.json.write_text(json.dumps(content, indent=2) + "\n")
-    print(text(stages))
 
 
 def follow(args, device: torch.device, benchmark: list[Pair]) -> dict[str, dict]:
@@ -237,6 +190,36 @@ def follow(args, device: torch.device, benchmark: list[Pair]) -> dict[str, dict]
         algorithm_1(args, clip, diffusion, conditioner, optimizer, args.projection_lr, steps, batches, run)
         stages[f"linear layer after step {layer_steps}"] = measure(args, diffusion, conditioner, pairs)
     return stages
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description="Does the feedback of a diffusion model point toward the right words, for this CLIP?",
+        epilog="Recipe, models, method and --projection-steps: train.py's options.",
+        allow_abbrev=False,
+    )
+    parser.error = fail
+    add = parser.add_argument
+    add("--pairs", type=int, default=10**9, metavar="N", help="of each type; if not given, all")
+    add("--draws", type=int, default=3, metavar="N", help="draws of N states, averaged (default: 3)")
+    add("--moves", type=int, default=8, metavar="N", help="of the class tokens (default: 8)")
+    own, rest = parser.parse_known_args(argv)
+    if min(own.draws, own.pairs) < 1 or own.moves < 0:
+        raise UserError("--draws and --pairs must be at least 1, --moves at least 0")
+    args = parse_args([*rest, "--steps", "1000000000"])  # --projection-steps are a part of them
+    args.draws, args.moves = own.draws, own.moves
+    if not args.mmvp:
+        raise UserError("--mmvp is needed: the hub's MMVP/MMVP_VLM, or a folder in its layout")
+    if args.data == ["synthetic"] and args.projection_steps:
+        raise UserError("--data synthetic: the linear layer is trained on images; name some")
+    with joined_processes() as device:
+        if dist.get_world_size() > 1:
+            raise UserError("one process does it all: start feedback.py with python")
+        args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
+        everything, benchmark = read_mmvp(args.mmvp), []
+        for name in type_names([pair.type for pair in everything]):
+            benchmark += [pair for pair in everything if pair.type == name][: own.pairs]
+        print(table(follow(args, device, benchmark)))
 
 
 if __name__ == "__main__":

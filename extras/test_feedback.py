@@ -1,8 +1,9 @@
 """extras/feedback.py: the gradient is the loss's own slope, the needle is the slope of the margins along it."""
 
 import copy
-import json
+import re
 from operator import attrgetter
+from statistics import fmean, stdev
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from extras import feedback
 from harness.errors import UserError
 from harness.mmvp import read_mmvp
 from harness.options import parse_args
-from harness.recipes import MINIATURE
+from harness.recipes import MINIATURE, TYPES
 
 CPU = torch.device("cpu")
 
@@ -25,41 +26,36 @@ def seen() -> tuple:
     args = parse_args(["--data=synthetic", "--projection=random", "--states=2", "--micro-batch=4"])
     args.precision, args.draws, args.moves = "fp32", 2, 8
     clip, diffusion, conditioner = train.build(args, CPU)
-    return (
-        args,
-        diffusion,
-        conditioner,
-        feedback.Pairs(clip, diffusion, read_mmvp(f"{MINIATURE}/mmvp")[:450:90], 64, CPU),
-    )
+    pairs = feedback.Pairs(clip, diffusion, read_mmvp(f"{MINIATURE}/mmvp")[:450:90], 64, CPU)
+    return args, diffusion, conditioner, pairs
 
 
 def margins(pairs: feedback.Pairs, cls: torch.Tensor) -> torch.Tensor:
     """How much nearer each pair's statements are to their own image, by hand, (pairs,)."""
     found = []
     for p, texts in enumerate(pairs.texts.double()):
-        images = [v / v.norm() for v in cls[2 * p : 2 * p + 2].double()]
-        found.append(texts[0] @ (images[0] - images[1]) + texts[1] @ (images[1] - images[0]))
+        first, second = [v / v.norm() for v in cls[2 * p : 2 * p + 2].double()]
+        found.append((texts[0] - texts[1]) @ (first - second))
     return torch.stack(found)
+
+
+def words(pairs: feedback.Pairs, cls: torch.Tensor) -> torch.Tensor:
+    """Where the margins rise fastest, (2 · pairs, D); an image is in one pair only."""
+    return torch.autograd.functional.jacobian(lambda cls: margins(pairs, cls).sum(), cls)
 
 
 def test_the_needle_is_the_slope_of_the_margins(seen):
     """Against a difference quotient; 1 on the average where the gradient is the words' own, 0 where it is across."""
     pairs = seen[-1]
     gradient = torch.from_numpy(np.random.default_rng(0).normal(size=pairs.cls.shape)).float()
-    slopes = torch.autograd.functional.jacobian(lambda cls: margins(pairs, cls), pairs.cls)  # (pairs, images, D)
-    words = slopes.sum(0)  # an image is in one pair only
-    h = 1e-4
-    rise = (
-        (margins(pairs, pairs.cls.double() - h * gradient) - margins(pairs, pairs.cls.double() + h * gradient)) / 2 / h
-    )
-    lengths = [torch.cat([v[2 * p], v[2 * p + 1]]).norm() for v in (words, gradient) for p in range(len(rise))]
-    steep, long = torch.stack(lengths).unflatten(0, (2, -1))
+    toward, h = words(pairs, pairs.cls), 1e-4
+    ahead, behind = (margins(pairs, pairs.cls.double() - step * gradient) for step in (h, -h))
+    both, long = (v.unflatten(0, (-1, 2)).flatten(1) for v in (toward, gradient))  # (pairs, 2 · D)
+    expected = (ahead - behind) / 2 / h / both.norm(dim=1) / long.norm(dim=1).mean()
     found = feedback.needles(pairs, gradient)
-    assert np.allclose(found, rise / steep / long.mean(), atol=1e-4) and np.abs(found).max() > 0.01
-    assert feedback.needles(pairs, -words).mean() == pytest.approx(1, abs=1e-4)
-    both = words.unflatten(0, (-1, 2)).flatten(1)
-    across = gradient.unflatten(0, (-1, 2)).flatten(1)
-    across = across - (across * both).sum(1, keepdim=True) / both.square().sum(1, keepdim=True) * both
+    assert np.allclose(found, expected, atol=1e-4) and np.abs(found).max() > 0.01
+    assert feedback.needles(pairs, -toward).mean() == pytest.approx(1, abs=1e-4)
+    across = long - (long * both).sum(1, keepdim=True) / both.square().sum(1, keepdim=True) * both
     assert np.allclose(feedback.needles(pairs, across.unflatten(1, (2, -1)).flatten(0, 1)), 0, atol=1e-4)
 
 
@@ -68,9 +64,8 @@ def test_the_gradient_is_the_slope_of_each_images_loss(seen):
     args, diffusion, conditioner, pairs = seen
     gradient = feedback.feedback(args, diffusion, conditioner, pairs, pairs.cls, seed=5).double()
     conditioner, unet = copy.deepcopy(conditioner).double(), copy.deepcopy(diffusion.unet).double()
-    local, text, latents, alphas = (
-        t.double() for t in (pairs.local, diffusion.text, pairs.latents, diffusion.alphas_cumprod)
-    )
+    local, latents = pairs.local.double(), pairs.latents.double()
+    text, alphas = diffusion.text.double(), diffusion.alphas_cumprod.double()
 
     @torch.no_grad()
     def loss(i: int, token: torch.Tensor) -> float:
@@ -92,28 +87,33 @@ def test_the_gradient_is_the_slope_of_each_images_loss(seen):
 
 
 def test_moves_along_the_words_win_every_pair(seen, monkeypatch):
-    def words(args, diffusion, conditioner, pairs, cls, seed):
-        return -torch.autograd.functional.jacobian(lambda cls: margins(pairs, cls), cls).sum(0)
+    def told(args, diffusion, conditioner, pairs, cls, seed):
+        return -words(pairs, cls)
 
-    monkeypatch.setattr(feedback, "feedback", words)
+    monkeypatch.setattr(feedback, "feedback", told)
     row = feedback.measure(*seen)["rows"]["all"]
     assert row["scores"][0] < row["scores"][-1] == 100 and len(row["scores"]) == 9
     assert row["needle"] == pytest.approx(1, abs=1e-4)
+    needles = feedback.needles(seen[-1], told(*seen, seen[-1].cls, 0)).tolist()
+    assert row["z"] == pytest.approx(fmean(needles) / stdev(needles) * 5**0.5, rel=1e-3)
 
 
-def test_the_command_prints_and_writes_its_figures(tmp_path, capsys):
+def test_the_command_prints_its_figures(capsys):
+    """A needle for each type and, of one pair each, their mean for all; the layer's steps change them."""
     options = "--pairs 1 --draws 1 --moves 1 --states 1 --projection-steps 2 --projection random --batch-size 2"
-    feedback.main([*options.split(), "--workers", "0", "--json", str(tmp_path / "f.json")])
-    stages = json.loads((tmp_path / "f.json").read_text())["stages"]
-    printed = capsys.readouterr().out
-    assert list(stages) == ["random start", "linear layer after step 2"]
-    first, second = (stage["rows"] for stage in stages.values())
-    assert len(first) == 10 and first != second  # nine types and all: the layer has learnt
-    assert all(f"{row['needle']:+.3f}" in printed for rows in (first, second) for row in rows.values())
+    feedback.main([*options.split(), "--workers", "0"])
+    cost, start, end = re.split("\nrandom start |\nlinear layer after step 2 ", capsys.readouterr().out)
+    assert cost.startswith(f"{2 * 2 * 9 + 2 * 2} passes of the U-Net")  # twice both images of nine pairs; the layer's
+    row = r"^  (\S.*?) +([+-][\d.]{5})  +(?:-?[\d.]+  )?([\d.]+) → ([\d.]+)"  # name, needle, z of all, two scores
+    before, after = (re.findall(row, stage, re.MULTILINE) for stage in (start, end))
+    assert [name for name, *_ in before] == [name for name, *_ in after] == [*TYPES, "all"] and before != after
+    for rows in (before, after):
+        *types, overall = np.array([figures for _, *figures in rows], float)
+        assert overall == pytest.approx(np.mean(types, 0), abs=0.06) and abs(overall[0] - np.mean(types, 0)[0]) < 2e-3
 
 
 @pytest.mark.parametrize(
-    "part, path, sentence",
+    "part, path, what",
     [
         (0, "model.visual", "CLIP's tokens of the benchmark's images"),
         (0, "model.transformer", "CLIP's embeddings of the benchmark's statements"),
@@ -121,7 +121,7 @@ def test_the_command_prints_and_writes_its_figures(tmp_path, capsys):
         (2, "projection", "the gradient of the denoising loss"),
     ],
 )
-def test_figures_that_are_not_finite_are_refused(part, path, sentence, monkeypatch):
+def test_figures_that_are_not_finite_are_refused(part, path, what, monkeypatch):
     def build(*args):
         parts = train.build(*args)
         next(attrgetter(path)(parts[part]).parameters()).data.view(-1)[0] = float("nan")
@@ -129,7 +129,7 @@ def test_figures_that_are_not_finite_are_refused(part, path, sentence, monkeypat
 
     monkeypatch.setattr(feedback, "build", build)
     options = "--pairs 1 --draws 1 --moves 0 --states 1 --projection random --data synthetic"
-    with pytest.raises(UserError, match=f"{sentence}: not finite"):
+    with pytest.raises(UserError, match=f"{what}: not finite"):
         feedback.main(options.split())
 
 
@@ -138,8 +138,8 @@ def test_figures_that_are_not_finite_are_refused(part, path, sentence, monkeypat
     [
         ("--draws 0", "--draws and --pairs must be at least 1"),
         ("--pairs 0", "--draws and --pairs must be at least 1"),
-        ("--json nowhere/f.json", "there is no such folder"),
-        ("--recipe openai-vit-l-14-224 --data synthetic --mmvp none", "--mmvp is needed"),
+        ("--moves -1", "--moves at least 0"),
+        ("--mmvp none", "--mmvp is needed"),
         ("--data synthetic --projection random --projection-steps 1", "the linear layer is trained on images"),
     ],
 )
