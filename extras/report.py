@@ -30,10 +30,11 @@ from harness.errors import UserError, brief, fail, one_sentence, say
 from harness.files import write_whole
 from harness.mmvp import read_mmvp
 from harness.recipes import beyond_the_paper
-from harness.scores import average, change, interval, type_names, type_scores, verdict
+from harness.scores import verdict
 
 SHOWN = 100  # of the pairs that changed, at most: 2 to 3 MB
 NAMES = ("type", "id1", "id2", "statement1", "statement2")  # of a pair
+OUTCOMES = {("0", "0"): "", ("0", "1"): "won", ("1", "0"): "lost", ("1", "1"): ""}  # of right before and after
 SUMMARY = (
     "{clip} learnt from {diffusion}, on {data}: {taken:,} of {steps:,} steps of {batch_size} images, recipe {recipe}, "
     "recap {recap}, text by {join}, N = {states}, {optimizer} at {lr}, seed {seed}, {precision}; {versions}."
@@ -148,37 +149,37 @@ def draw_scores(path: Path) -> list[Html]:
     return [*figures, fill("<p>$note</p>", note=note)]
 
 
-def read_pairs(path: Path) -> tuple[list[dict], list[dict]]:
-    """The pairs, with what changed in each; and before and after, embedding → which pairs are right, (pairs,) bool."""
+def read_scores(path: Path) -> tuple[str, int, list[Html]]:
+    """The verdict, on how many pairs, and a table: for each embedding the scores by type before, after, the change."""
+    with reading(path):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        before, after = content["clips"]
+        columns = [["Pairs right, %", *before[EMBEDDINGS[0]]["types"], "Average", "95% interval"]]
+        for change in after["change"]:
+            e = change["embedding"]
+            types = {name: after[e]["types"][name] - score for name, score in before[e]["types"].items()}
+            rows = [("before", before[e], "{:.1f}"), ("after", after[e], "{:.1f}")]
+            rows.append(("change", change | dict(types=types, average=change["points"]), "{:+.1f}"))
+            for name, row, form in rows:
+                figures = [*row["types"].values(), row["average"], row["low"], row["high"]]
+                *cells, low, high = map(form.format, figures)
+                columns.append([f"{e} {name}", *cells, f"{low} … {high}"])
+        rows = [[fill("<td>$cell</td>", cell=cell) for cell in row] for row in zip(*columns)]
+        table = [fill("<tr>$row</tr>\n", row=row) for row in rows]
+        return verdict(after["change"], content["pairs"]), content["pairs"], table
+
+
+def read_pairs(path: Path) -> list[dict]:
+    """The pairs, with what changed in each: `changes` are (won or lost, embedding)."""
     with reading(path), open(path, newline="", encoding="utf-8") as file:
-        rows, outcomes = list(csv.DictReader(file, strict=True)), {"0": False, "1": True}
-        clips = rows[: len(rows) // 2], rows[len(rows) // 2 :]
-        pairs, same = ([{name: row[name] for name in NAMES} for row in clip] for clip in clips)
-        if not pairs or pairs != same:
+        rows = list(csv.DictReader(file, strict=True))
+        pairs, half = [{name: row[name] for name in NAMES} for row in rows], len(rows) // 2
+        if not pairs or pairs[:half] != pairs[half:]:
             raise ValueError("the pairs of the two CLIPs differ")
-        rights = [{e: np.array([outcomes[r[f"{e} right"]] for r in clip]) for e in EMBEDDINGS} for clip in clips]
-    for i, pair in enumerate(pairs):
-        changed = [e for e in EMBEDDINGS if rights[0][e][i] != rights[1][e][i]]
-        pair["changes"] = [("won" if rights[1][e][i] else "lost", e) for e in changed]
-    return pairs, rights
-
-
-def column(values: np.ndarray, types: list[str], form: str = "{:.1f}") -> list[str]:
-    """Of one value a pair, in percent: the means of the types, their average and its interval."""
-    figures = [*type_scores(values, types).values(), average(values, types)]
-    return [*map(form.format, figures), f"{form} … {form}".format(*interval(values, types))]
-
-
-def table(rights: list[dict], types: list[str]) -> list[Html]:
-    """The scores by type, for each embedding before, after, and the change."""
-    columns = [["Pairs right, %", *type_names(types), "Average", "95% interval"]]
-    for e in EMBEDDINGS:
-        before, after = (right[e].astype(int) for right in rights)
-        columns.append([f"{e} before", *column(before, types)])
-        columns.append([f"{e} after", *column(after, types)])
-        columns.append([f"{e} change", *column(after - before, types, "{:+.1f}")])
-    rows = [[fill("<td>$cell</td>", cell=cell) for cell in row] for row in zip(*columns)]
-    return [fill("<tr>$row</tr>\n", row=row) for row in rows]
+        for pair, old, new in zip(pairs, rows[:half], rows[half:]):
+            outcomes = [(OUTCOMES[old[f"{e} right"], new[f"{e} right"]], e) for e in EMBEDDINGS]
+            pair["changes"] = [(how, e) for how, e in outcomes if how]
+        return pairs[:half]
 
 
 def picture(path: Path, side: int, kind: str) -> Html:
@@ -218,8 +219,7 @@ def show_changes(pairs: list[dict], mmvp: str) -> Html:
 def report(folder: Path, mmvp: str | None = None) -> dict[Path, Html]:
     """The page of the run in `folder`, and the card if it is finished. `mmvp`: where the benchmark is now.
 
-    Raises:
-        UserError: there is no run, it has taken no step yet, or one of its files is not what a run writes.
+    UserError: there is no run, it has taken no step yet, or one of its files is not what a run writes.
     """
     if not (folder / "args.json").is_file():
         raise UserError(f"{folder}: no run in this folder (args.json is missing)")
@@ -229,11 +229,9 @@ def report(folder: Path, mmvp: str | None = None) -> dict[Path, Html]:
         words["summary"] += f" {unreadable:,} images could not be read."
     words |= dict(folder=folder, verdict="Not scored", table="", pairs="", drawn="")
     if (folder / "mmvp" / "scores.json").exists() and not args["random_weights"]:  # it is written once all is scored
-        pairs, rights = read_pairs(folder / "mmvp" / "pairs.csv")
-        types = [pair["type"] for pair in pairs]
-        words |= dict(verdict=verdict(change(*rights, types), len(pairs)), table=table(rights, types))
-        words["summary"] += f" Scored on {len(pairs):,} pairs of {words['mmvp']}; chance is 25."
-        words["pairs"] = show_changes(pairs, mmvp or args["mmvp"])
+        words["verdict"], count, words["table"] = read_scores(folder / "mmvp" / "scores.json")
+        words["summary"] += f" Scored on {count:,} pairs of {words['mmvp']}; chance is 25."
+        words["pairs"] = show_changes(read_pairs(folder / "mmvp" / "pairs.csv"), mmvp or args["mmvp"])
     if (folder / "mmvp-steps" / "scores.json").exists():
         curves += draw_scores(folder / "mmvp-steps" / "scores.json")
     if (folder / "reconstruct.png").exists():
@@ -246,12 +244,12 @@ def report(folder: Path, mmvp: str | None = None) -> dict[Path, Html]:
     return files
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Write a run's report.html, and the model card of its CLIP.")
     parser.error = fail
     parser.add_argument("run", type=Path, metavar="RUN", help="the folder that train.py wrote (--out)")
     parser.add_argument("--mmvp", metavar="PATH", help="the benchmark, if it is no longer where the run found it")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     for path, content in report(args.run, args.mmvp).items():
         write_whole(path, content)
         print(f"written: {path}")
