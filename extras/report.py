@@ -161,9 +161,9 @@ def read_scores(path: Path) -> tuple[str, int, list[Html]]:
             rows = [("before", before[e], "{:.1f}"), ("after", after[e], "{:.1f}")]
             rows.append(("change", change | dict(types=types, average=change["points"]), "{:+.1f}"))
             for name, row, form in rows:
-                figures = [*row["types"].values(), row["average"], row["low"], row["high"]]
-                *cells, low, high = map(form.format, figures)
-                columns.append([f"{e} {name}", *cells, f"{low} … {high}"])
+                figures = [form.format(value) for value in [*row["types"].values(), row["average"]]]
+                ends = f"{form} … {form}".format(row["low"], row["high"])
+                columns.append([f"{e} {name}", *figures, ends])
         rows = [[fill("<td>$cell</td>", cell=cell) for cell in row] for row in zip(*columns)]
         table = [fill("<tr>$row</tr>\n", row=row) for row in rows]
         return verdict(after["change"], content["pairs"]), content["pairs"], table
