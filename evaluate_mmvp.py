@@ -43,7 +43,7 @@ from harness.errors import UserError, brief, fail, one_sentence
 from harness.files import check_writable, write_whole
 from harness.mmvp import Pair, read_mmvp
 from harness.recipes import BASELINES, RECIPES, TYPES, locate_clip, recipe_of, split_weights
-from harness.scores import average, change, change_lines, draws_in_words, scores, table, type_names, verdict
+from harness.scores import average, change, draws_in_words, scores, table, type_names, verdict
 from model import Clip, load_clip
 
 EMBEDDINGS = ("cls", "cls+local")
@@ -167,12 +167,10 @@ def compare(
     for k, reading in enumerate(readings or []):
         parts.append(f"{k + 1} released, the reading {reading}: {draws_in_words(draws[k])}")
     for k, lines in enumerate(changes, start=2):
-        parts.append(f"change from 1 to {k}:\n{change_lines(lines)}")
+        parts.append("\n".join([f"change from 1 to {k}:", *(verdict(line, len(pairs)) for line in lines)]))
     for recipe in dict.fromkeys(recipes):
         if recipe in BASELINES and type_names(types) == TYPES:
             parts.append("the paper (Table 1), {}: {:.1f} → {:.1f}".format(recipe, *RECIPES[recipe].published))
-    if len(names) == 2:
-        parts.append(verdict(changes[0], len(pairs)))
     return "\n\n".join(parts)
 
 

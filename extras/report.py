@@ -166,7 +166,8 @@ def read_scores(path: Path) -> tuple[str, int, list[Html]]:
                 columns.append([f"{e} {name}", *figures, ends])
         rows = [[fill("<td>$cell</td>", cell=cell) for cell in row] for row in zip(*columns)]
         table = [fill("<tr>$row</tr>\n", row=row) for row in rows]
-        return verdict(after["change"], content["pairs"]), content["pairs"], table
+        verdicts = [verdict(change, content["pairs"]) for change in after["change"]]
+        return " ".join(verdicts), content["pairs"], table
 
 
 def read_pairs(path: Path) -> list[dict]:

@@ -96,15 +96,6 @@ def table(clips: list[Rights], recipes: list[str | None], types: list[str]) -> s
     return "\n\n".join(blocks)
 
 
-def change_lines(changes: list[dict]) -> str:
-    """`change` in words, a line for each embedding."""
-    return "\n".join(
-        "{embedding:10} {points:+.1f} points (95% interval {low:+.1f} … {high:+.1f}), pairs won {won}, lost {lost}, "
-        "exact McNemar p = {p:.2g}".format(**c)
-        for c in changes
-    )
-
-
 def draws_in_words(averages: list[float]) -> str:
     """What a random reading gives over its draws, and what one finds who keeps the best of k of them."""
     n, ordered = len(averages), np.sort(averages)
@@ -120,33 +111,25 @@ def draws_in_words(averages: list[float]) -> str:
     )
 
 
-def verdict(changes: list[dict], pairs: int) -> str:
-    """What `change` found on this many pairs, a sentence for each outcome: which embedding, how much, how sure.
+def verdict(change: dict, pairs: int) -> str:
+    """What `change` found for an embedding, on this many pairs, as a sentence: what it is, how much, how sure.
 
     A gain or a loss needs an interval that leaves out zero and p < 0.05. Without them, the sentence says the smallest
     change that would show: the outcome is inconclusive if the interval still holds it, and no effect is seen if not.
     """
-    outcomes = {}
-    for c in changes:
-        visible = smallest_visible(c["won"] + c["lost"], pairs)
-        if c["p"] < 0.05 and not c["low"] <= 0 <= c["high"]:
-            outcome = "A gain" if c["points"] > 0 else "A loss"
-        elif visible > 100 or max(-c["low"], c["high"]) >= visible:
-            outcome = "Inconclusive"
-        else:
-            outcome = "No effect seen"
-        outcomes.setdefault(outcome, []).append(c | dict(visible=visible))
-    figures, sentences = "{points:+.1f} points (95% interval {low:+.1f} … {high:+.1f}, p = {p:.2g})", []
-    for outcome, same in sorted(outcomes.items()):  # a gain or a loss first
-        sentence = f"{outcome} in {' and '.join(c['embedding'] for c in same)}: "
-        sentence += " and ".join(figures.format(**c) for c in same)
-        visible = max(c["visible"] for c in same)
-        if outcome in ("Inconclusive", "No effect seen") and visible <= 100:
-            sentence += f"; with {pairs} pairs, only a change of about {visible:.1f} points or more would show"
-        elif outcome == "Inconclusive":
-            sentence += f"; {pairs} pairs are too few to show any change"
-        sentences.append(sentence + ".")
-    return " ".join(sentences)
+    visible = smallest_visible(change["won"] + change["lost"], pairs)
+    would_show = f"; with {pairs} pairs, only a change of about {visible:.1f} points or more would show"
+    if change["p"] < 0.05 and not change["low"] <= 0 <= change["high"]:
+        outcome, would_show = "A gain" if change["points"] > 0 else "A loss", ""
+    elif visible > 100:
+        outcome, would_show = "Inconclusive", f"; {pairs} pairs are too few to show any change"
+    else:
+        outcome = "Inconclusive" if max(-change["low"], change["high"]) >= visible else "No effect seen"
+    figures = (
+        "{points:+.1f} points (95% interval {low:+.1f} … {high:+.1f}; pairs won {won}, lost {lost}, exact McNemar p = "
+        "{p:.2g})"
+    )
+    return f"{outcome} in {change['embedding']}: {figures.format(**change)}{would_show}."
 
 
 def smallest_visible(changed: int, pairs: int) -> float:
