@@ -34,12 +34,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from condition import visual_tokens
-from harness.errors import UserError, brief, fail, one_sentence
+from harness.errors import UserError, fail, one_sentence
 from harness.files import check_writable, write_whole
 from harness.mmvp import Pair, read_mmvp
 from harness.recipes import BASELINES, RECIPES, TYPES, locate_clip, recipe_of, split_weights
@@ -104,22 +103,14 @@ def similarities(
     Raises:
         UserError: an image cannot be read, this CLIP has no tokenizer, or its embeddings are not finite.
     """
-    tokenizer, preprocess, model = clip.tokenizer(), clip.preprocess(), clip.model.to(device)
+    tokenizer, model = clip.tokenizer(), clip.model.to(device)
     rng, cosines, per_batch = np.random.default_rng(0), [], max(1, batch_size // 2)
-
-    def read(path: Path) -> torch.Tensor:
-        try:
-            with Image.open(path) as image:
-                return preprocess(image)
-        except Exception as error:  # Pillow raises almost any exception on a broken file
-            raise UserError(f"{path}: not a readable image ({brief(error)})") from None
-
     fp32 = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # CUDA's convolutions are in TF32 by default
     bar = tqdm(total=len(pairs), desc="MMVP-VLM", unit="pair", disable=not progress, leave=False, delay=1)
     with torch.inference_mode(), fp32, bar, ThreadPoolExecutor() as pool:  # a GPU encodes faster than one core reads
         for start in range(0, len(pairs), per_batch):
             batch = pairs[start : start + per_batch]
-            images = torch.stack(list(pool.map(read, [path for pair in batch for path in pair.images]))).to(device)
+            images = torch.stack(list(pool.map(clip.read, [path for pair in batch for path in pair.images]))).to(device)
             statements = ["a photo of " + statement for pair in batch for statement in pair.statements]
             texts = model.encode_text(tokenizer(statements).to(device), normalize=True).unflatten(0, (-1, 2))
             cls, local = visual_tokens(model.visual, images)  # (B, D), (B, P, D)

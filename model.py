@@ -15,12 +15,13 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from open_clip.push_to_hf_hub import save_config_for_hf
 from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
 from safetensors.torch import save_file
 from torch.nn import functional as F
 from transformers import AutoTokenizer, CLIPTextModel
 
 from condition import count_patches
-from harness.errors import UserError
+from harness.errors import UserError, brief
 from harness.pretrained import check_kind, clip_options, load_part, load_tokenizer, loading, random_diffusion
 from harness.recipes import SD21, SD21_MIRROR, check_diffusion
 from harness.weights import replace_weights
@@ -62,9 +63,18 @@ class Clip:
         mean, std = self.normalisation
         return (images - mean) / std
 
+    @functools.cached_property
     def preprocess(self):
         """CLIP's own evaluation transform, a PIL image → (3, s, s)."""
         return image_transform_v2(PreprocessCfg(**self.model.visual.preprocess_cfg), is_train=False)
+
+    def read(self, path: str | Path) -> torch.Tensor:
+        """An image file as `preprocess` gives it, (3, s, s). UserError: it cannot be read."""
+        try:
+            with Image.open(path) as image:
+                return self.preprocess(image)
+        except Exception as error:  # Pillow raises almost any exception on a broken file
+            raise UserError(f"{path}: not a readable image ({brief(error)})") from None
 
     def tokenizer(self):
         """Its tokenizer. SigLIP's comes from a hub, so call this only where there is text to read.

@@ -20,11 +20,10 @@ from pathlib import Path
 import numpy as np
 import open_clip
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from harness.errors import UserError, brief, fail, one_sentence
+from harness.errors import UserError, fail, one_sentence
 from harness.recipes import locate_clip
 from harness.scores import mcnemar
 from harness.sources import ImageFiles
@@ -56,19 +55,10 @@ def read_folder(folder: str) -> tuple[list[str], list[str], np.ndarray]:
 
 def read_pictures(clip: Clip, paths: Sequence[str], batch_size: int = 64) -> Iterator[torch.Tensor]:
     """The pictures as CLIP's input, in batches (B, 3, s, s). UserError: one cannot be read."""
-    preprocess = clip.preprocess()
-
-    def read(path: str) -> torch.Tensor:
-        try:
-            with Image.open(path) as image:
-                return preprocess(image)
-        except Exception as error:  # Pillow raises almost any exception on a broken file
-            raise UserError(f"{path}: not a readable image ({brief(error)})") from None
-
     bar = tqdm(total=len(paths), desc="pictures", unit="picture", leave=False, delay=1)
     with bar, ThreadPoolExecutor() as pool:  # a GPU encodes faster than one core reads
         for start in range(0, len(paths), batch_size):
-            batch = list(pool.map(read, paths[start : start + batch_size]))
+            batch = list(pool.map(clip.read, paths[start : start + batch_size]))
             yield torch.stack(batch)
             bar.update(len(batch))
 

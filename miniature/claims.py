@@ -77,8 +77,7 @@ def measure(clip: Clip, drawn: tuple, pairs: list, fitted: int) -> dict[str, np.
     for embedding, right in zip(EMBEDDINGS, pairs_right(similarities(clip, pairs, make.DEVICE, batch_size=250))):
         rows[f"pair score, {embedding}"] = np.stack([types & right[:, None], types], -1)
 
-    preprocess = clip.preprocess()
-    batches = torch.stack([preprocess(picture) for picture in pictures]).split(250)
+    batches = torch.stack([clip.preprocess(picture) for picture in pictures]).split(250)
     found = [visual_tokens(clip.model.visual, b.to(make.DEVICE)) for b in tqdm(batches, desc="encode", leave=False)]
     cls, local = (torch.cat(tokens).cpu() for tokens in zip(*found))  # (scenes, D), (scenes, 64, D)
     everything = torch.cat([cls[:, None], local], 1)

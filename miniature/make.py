@@ -464,7 +464,7 @@ def probe(x: torch.Tensor, scenes: np.ndarray, fitted: int) -> np.ndarray:
 def unseen(clip, count: int = 3000, seed: int = 10) -> tuple[np.ndarray, torch.Tensor, float]:
     """Scenes that no training has drawn, CLIP's unit embeddings (count, D) of their pictures, and how often, in
     percent, the nearest of the ten classes' texts is the right one."""
-    scenes, rng, preprocess = random_scenes(count, seed), np.random.default_rng(seed), clip.preprocess()
+    scenes, rng, preprocess = random_scenes(count, seed), np.random.default_rng(seed), clip.preprocess
     images = torch.stack([preprocess(draw(scene, rng)) for scene in scenes])
     embeddings = torch.cat([clip.model.encode_image(i.to(DEVICE), normalize=True) for i in images.split(250)])
     texts = clip.model.encode_text(clip.tokenizer()([f"{PREFIX}the {c}" for c in CLASSES]).to(DEVICE), normalize=True)
