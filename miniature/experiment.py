@@ -50,8 +50,8 @@ ROWS = {  # what each changes in the recipe
     "--steps 1100",
     "class token alone": "--recap none",
     "all patches": "--recap all",
-    "three times the steps": "--steps 2700",
-    "three times the steps, another image": "--steps 2700",
+    "twice the steps": "--steps 1800",
+    "twice the steps, another image": "--steps 1800",
     "the paper's way": PAPER,  # its rate is 5.1e-4
     "the paper's way, lr 0.03": f"{PAPER} --lr 0.03",
     "right captions": None,  # no feedback: make.learn_captions
