@@ -1,7 +1,7 @@
 """What DIVA does not do, and what its feedback was found to need on the miniature. Off in the paper's recipes.
 
-Who reads the paper need not open this file. Who asks "what makes it work, then?" finds four things, each with what the
-default run's gain of 15.4 ± 0.9 points of `cls` becomes without it (3,600 pairs, one seed; miniature/README.md):
+To read the paper, skip this file. Here is what makes the default run work, and what its gain of 15.4 ± 0.9 points of
+`cls` becomes without it (3,600 pairs, one seed; miniature/README.md):
 
     beyond the paper                                          as in the paper                              gain
     the linear layer is fitted to texts (`fit_projection`)    it starts at random, and is trained along    +0.7
@@ -50,8 +50,8 @@ class Pull:
 
     def __call__(self, cls: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
         """Class tokens (B, D) of prepared images (B, 3, s, s) → a scalar."""
-        kind = "cuda" if cls.is_cuda else "cpu"
-        with torch.no_grad(), torch.autocast(kind, torch.bfloat16, enabled=cls.dtype == torch.bfloat16):
+        device = "cuda" if cls.is_cuda else "cpu"
+        with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=cls.dtype == torch.bfloat16):
             before = self.untouched(images)
         return self.strength * (cls.float() - before.float()).square().mean()
 
@@ -69,35 +69,36 @@ def fit_projection(args, clip: Clip, conditioner: VisualCondition, images: Train
     if len(images) < 2:
         raise UserError("--projection fitted: needs two images at least; use --projection random")
     device = conditioner.projection.weight.device
-    phrases, states = embed_phrases(clip, args.diffusion, args.text)
+    texts, states = embed_phrases(clip, args.diffusion, args.text, device)
     tokens = class_tokens(clip, images, min(1000, len(images)), device)
-    fit_linear(conditioner.projection, phrases.to(device), states.to(device), tokens)
+    fit_linear(conditioner.projection, texts, states, tokens)
 
 
 @torch.no_grad()
-def fit_linear(projection: nn.Linear, phrases: torch.Tensor, states: torch.Tensor, tokens: torch.Tensor) -> None:
+def fit_linear(projection: nn.Linear, texts: torch.Tensor, states: torch.Tensor, tokens: torch.Tensor) -> None:
     """The fit itself, into `projection` D → W.
 
     Args:
-        phrases: (n, D), CLIP's text embeddings.
+        texts: (n, D), CLIP's embeddings of phrases.
         states: (n, W), φ's states of the end token, less that of the text that joins.
         tokens: (m, D), the class tokens of some images.
     """
-    phrases, states, tokens = phrases.double(), states.double(), tokens.double()
-    x, y, images = phrases - phrases.mean(0), states - states.mean(0), tokens - tokens.mean(0)
+    texts, states, tokens = texts.double(), states.double(), tokens.double()
+    x, y, centred = texts - texts.mean(0), states - states.mean(0), tokens - tokens.mean(0)
     covariance = x.T @ x / len(x)  # (D, D)
     ridge = 0.01 * covariance.diagonal().mean() * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
     weight = torch.linalg.solve(covariance + ridge, x.T @ y / len(x))  # (D, W), from texts to states
-    weight *= (x.square().mean() / images.square().mean()).sqrt()  # and from images
+    weight *= (x.square().mean() / centred.square().mean()).sqrt()  # and from images
     projection.weight.copy_(weight.T)
     projection.bias.copy_(states.mean(0) - tokens.mean(0) @ weight)
 
 
-def embed_phrases(clip: Clip, name: str, text: str, count: int = 2000) -> tuple[torch.Tensor, torch.Tensor]:
+def embed_phrases(clip: Clip, name: str, text: str, device, count: int = 2000) -> tuple[torch.Tensor, torch.Tensor]:
     """What CLIP and the diffusion model `name` make of the same phrases; so no captions are needed.
 
-    Returns CLIP's embeddings (count, D), and φ's states of the end token less that of `text` (count, W). With the mean
-    of the text's states taken away, which joins by `--join mean`, CLIP learnt less (miniature/README.md).
+    Returns CLIP's embeddings (count, D), and φ's states of the end token less that of `text` (count, W).
+    Subtracting the mean of the text's states instead, which is what `--join mean` adds, taught CLIP less
+    (miniature/README.md).
     """
     with quiet():
         tokenizer = AutoTokenizer.from_pretrained(name, subfolder="tokenizer", trust_remote_code=False)
@@ -106,10 +107,10 @@ def embed_phrases(clip: Clip, name: str, text: str, count: int = 2000) -> tuple[
         words = sorted(word for word in (w.removesuffix("</w>") for w in whole) if word.isalpha())
         rng = np.random.default_rng(0)
         phrases = [" ".join(rng.choice(words, rng.integers(1, 9))) for _ in range(count)]
-        states = embed_texts(name, [text, *phrases], end_only=True)  # (1 + count, W)
+        states = embed_texts(name, [text, *phrases], device, end_only=True)  # (1 + count, W)
     with torch.no_grad():
-        tokens = clip.tokenizer()(phrases).to(clip.model.logit_scale.device)
-        embeddings = torch.cat([clip.model.encode_text(part) for part in tokens.split(64)])  # (count, D)
+        ids = clip.tokenizer()(phrases).to(device)
+        embeddings = torch.cat([clip.model.encode_text(part) for part in ids.split(64)])  # (count, D)
     return embeddings, states[1:] - states[0]
 
 

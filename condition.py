@@ -17,17 +17,18 @@ from harness.errors import UserError
 class Recap:
     """Visual dense recap (section 3.3): which of a CLIP's P local tokens join the class token.
 
-    The paper: with all of them, reconstruction is too easy to teach anything; with none, it is too hard.
+    The paper: with all of them, reconstruction is too easy to teach anything; with none, it is too hard. (It takes all
+    for MetaCLIP and for DFN at 224.)
     """
 
     kind: str  # "random", "pool", "all" or "none"
-    patches: int  # P
+    num_patches: int  # P
     count: int  # K, how many tokens join
     window: int = 1  # of "pool": so many patches in a row are averaged into one token
 
 
-def parse_recap(spec: str, patches: int) -> Recap:
-    """Reads a recap as the command line has it, for a CLIP of `patches` local tokens.
+def parse_recap(spec: str, num_patches: int) -> Recap:
+    """Reads a recap as the command line has it, for a CLIP of `num_patches` local tokens.
 
     `random:76` or `random:30%` of the patches (percentages floor), `pool:6` (windows of 6; a last short one is
     dropped), `all`, `none`.
@@ -36,17 +37,17 @@ def parse_recap(spec: str, patches: int) -> Recap:
         UserError: it cannot be read, or asks for no patch or for more than there are.
     """
     if spec in ("all", "none"):
-        return Recap(spec, patches, patches if spec == "all" else 0)
+        return Recap(spec, num_patches, num_patches if spec == "all" else 0)
     match = re.fullmatch("(random|pool):([0-9]{1,9})(%?)", spec)
     kind, number, percent = match.groups() if match else ("", "", "")
     if not kind or (kind == "pool" and percent):
         raise UserError(f"--recap {spec!r}: must be random:COUNT, random:SHARE%, pool:WINDOW, all or none")
-    number = int(number) * patches // 100 if percent else int(number)
-    if not 1 <= number <= patches:
-        raise UserError(f"--recap {spec!r}: asks for {number} patches, and this CLIP has 1 to {patches} to give")
+    number = int(number) * num_patches // 100 if percent else int(number)
+    if not 1 <= number <= num_patches:
+        raise UserError(f"--recap {spec!r}: asks for {number} patches, and this CLIP has 1 to {num_patches} to give")
     if kind == "random":
-        return Recap("random", patches, number)
-    return Recap("pool", patches, patches // number, number)
+        return Recap("random", num_patches, number)
+    return Recap("pool", num_patches, num_patches // number, number)
 
 
 def visual_tokens(visual: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -64,25 +65,16 @@ def visual_tokens(visual: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor
     Returns:
         The class token (B, D) and the P local tokens (B, P, D).
     """
-    out = visual.forward_intermediates(images, indices=1, normalize_intermediates=True, output_fmt="NLC")
+    out = visual.forward_intermediates(
+        images,
+        indices=1,  # the last layer alone
+        normalize_intermediates=True,
+        output_fmt="NLC",
+    )
     local = out["image_intermediates"][-1]
     if getattr(visual, "proj", None) is not None:
         local = local @ visual.proj  # on its own: one product for class and patches would round differently
     return out["image_features"], local
-
-
-def count_patches(visual: nn.Module) -> int:
-    """P, the number of local tokens of a vision tower of open_clip.
-
-    Raises:
-        UserError: it is neither a ViT that pools by class token nor a timm tower that pools by attention.
-    """
-    if getattr(visual, "pool_type", None) == "tok" and visual.attn_pool is None and not visual.final_ln_after_pool:
-        return visual.grid_size[0] * visual.grid_size[1]
-    trunk = getattr(visual, "trunk", None)
-    if getattr(trunk, "attn_pool", None) is not None and isinstance(trunk.head, nn.Identity) and not len(visual.head):
-        return trunk.patch_embed.num_patches
-    raise UserError("this vision tower is neither a ViT with a class token nor a timm one that pools by attention")
 
 
 def draw_patches(recap: Recap, states: int, rngs: list[np.random.Generator]) -> torch.Tensor | None:
@@ -92,7 +84,7 @@ def draw_patches(recap: Recap, states: int, rngs: list[np.random.Generator]) -> 
     """
     if recap.kind != "random":
         return None
-    drawn = [[rng.permutation(recap.patches)[: recap.count] for _ in range(states)] for rng in rngs]
+    drawn = [[rng.permutation(recap.num_patches)[: recap.count] for _ in range(states)] for rng in rngs]
     return torch.from_numpy(np.array(drawn))
 
 
@@ -151,8 +143,8 @@ class VisualCondition(nn.Module):
         """Images for CLIP (B, 3, s, s), text (1, L, W), patches (B, N, K) or None → condition c (B, N, 1 + K, W), and
         the class token (B, D) of V. N is 1 where the states share c.
         """
-        kind = "cuda" if images.is_cuda else "cpu"
-        with torch.autocast(kind, torch.bfloat16, enabled=self.bf16):
+        device = "cuda" if images.is_cuda else "cpu"
+        with torch.autocast(device, torch.bfloat16, enabled=self.bf16):
             cls, local = visual_tokens(self.visual, images)  # Alg. 1, line 2: V
             return self.from_tokens(cls, local, text, patches), cls  # Alg. 1, line 3: c
 

@@ -1,8 +1,8 @@
 """Images, any of them at any time: Algorithm 1, line 1.
 
 A source is a folder of images, webdataset shards as img2dataset writes them (plain tar files), or `synthetic`; see
-harness/sources.py. Any image of it can be read alone, so the order is a full shuffle, and a run goes on at an exact
-place.
+harness/sources.py. Any image of it can be read alone, so each epoch is a full shuffle, and a stopped run goes on at the
+exact image.
 
 What is random about an image, its crop, is drawn by a generator of its own, seeded with the run's seed, the step and
 the image's position in the global batch, and with nothing else. The number of processes, the micro-batch, the threads
@@ -25,7 +25,7 @@ from PIL import Image, UnidentifiedImageError
 from harness.errors import UserError, brief
 from harness.sources import ImageFiles, Shards, named_paths
 
-ORDER, DRAWS, CROP = 0, 1, 2  # so that the generators of the shuffle, of what train.py draws and of the crops differ
+ORDER, STATES, CROP = 0, 1, 2  # so that the generators of the shuffle, of what train.py draws and of the crops differ
 SYNTHETIC = 1_000_000  # images in the set `synthetic`
 MAX_REPLACEMENTS = 30  # tried for one image before the run stops
 ORIENTATION = 0x0112  # EXIF's tag: how the camera was held, 1 to 8; from 5 on, width and height change places

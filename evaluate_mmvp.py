@@ -42,7 +42,7 @@ from harness.errors import UserError, fail, one_sentence
 from harness.files import check_writable, write_whole
 from harness.mmvp import Pair, read_mmvp
 from harness.recipes import BASELINES, RECIPES, TYPES, locate_clip, recipe_of, split_weights
-from harness.scores import average, change, draws_in_words, scores, table, type_names, verdict
+from harness.scores import average, draws_in_words, paired_change, scores, table, type_names, verdict
 from model import Clip, load_clip
 
 EMBEDDINGS = ("cls", "cls+local")
@@ -64,7 +64,7 @@ def embed_released(
 ) -> torch.Tensor:
     """The embedding of DIVA's released evaluation, for each of a pair's two statements: (draws or 1, 2, B, D).
 
-    `reading` is that of a recipe: "cls" and "cls+local" as above (MetaCLIP; DFN-224 and SigLIP); "sum", the latter
+    `reading` is that of a recipe: "cls" (DFN-224 and SigLIP) and "cls+local" (MetaCLIP) as above; "sum", the latter
     without making the sum unit (DFN-378); "random:76", the class token plus the mean of 76 local tokens, neither of
     them unit before the sum, drawn with replacement anew for each image and statement (OpenAI).
     """
@@ -98,16 +98,16 @@ def similarities(
 ) -> np.ndarray:
     """Cosines of statements and images within each pair, in fp32: (embeddings, pairs, 2 statements, 2 images).
 
-    With `released`, a reading of `embed_released`, its draws follow the two embeddings.
+    With `released`, a reading of `embed_released`, its draws follow the two embeddings. The CLIP is moved to `device`.
 
     Raises:
         UserError: an image cannot be read, this CLIP has no tokenizer, or its embeddings are not finite.
     """
     tokenizer, model = clip.tokenizer(), clip.model.to(device)
     rng, cosines, per_batch = np.random.default_rng(0), [], max(1, batch_size // 2)
-    fp32 = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # CUDA's convolutions are in TF32 by default
+    no_tf32 = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # CUDA's convolutions take it by default
     bar = tqdm(total=len(pairs), desc="MMVP-VLM", unit="pair", disable=not progress, leave=False, delay=1)
-    with torch.inference_mode(), fp32, bar, ThreadPoolExecutor() as pool:  # a GPU encodes faster than one core reads
+    with torch.inference_mode(), no_tf32, bar, ThreadPoolExecutor() as pool:  # a GPU encodes faster than one core reads
         for start in range(0, len(pairs), per_batch):
             batch = pairs[start : start + per_batch]
             images = torch.stack(list(pool.map(clip.read, [path for pair in batch for path in pair.images]))).to(device)
@@ -147,7 +147,7 @@ def compare(
     types, recipes = [pair.type for pair in pairs], [recipe_of(name) for name in names]
     outcomes = [pairs_right(clip_cosines) for clip_cosines in cosines]  # each (2 embeddings and all draws, pairs) bool
     rights = [dict(zip(EMBEDDINGS, outcome)) for outcome in outcomes]
-    changes = [change(rights[0], other, types) for other in rights[1:]]
+    changes = [paired_change(rights[0], other, types) for other in rights[1:]]
     draws = [[average(right, types) for right in outcome[2:]] for outcome in outcomes]
     if folder:
         save_scores(Path(folder), names, cosines, rights, changes, draws, pairs)

@@ -20,7 +20,6 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 from transformers import AutoTokenizer, CLIPTextModel
 
-from condition import count_patches
 from harness.errors import UserError, brief
 from harness.pretrained import check_kind, clip_options, load_part, load_tokenizer, loading, random_diffusion
 from harness.recipes import SD21, SD21_MIRROR, check_diffusion
@@ -35,13 +34,13 @@ class Clip:
     """A CLIP of open_clip with what belongs to it.
 
     `source` is what open_clip calls it (an architecture, `hf-hub:…` or `local-dir:…`), `config` its `model_cfg`,
-    `patches` the number P of local tokens that its vision tower gives.
+    `num_patches` the number P of local tokens that its vision tower gives.
     """
 
     model: torch.nn.Module
     source: str
     config: dict
-    patches: int
+    num_patches: int
     tokenizer_error: str = ""  # why it could not be loaded, once that is known: asking a hub in vain takes long
 
     @property
@@ -51,7 +50,7 @@ class Clip:
 
     @functools.cached_property
     def normalisation(self) -> torch.Tensor:
-        """Its mean and its standard deviation, (2, 3, 1, 1); made once, since a copy to a GPU waits for it."""
+        """Its mean and its standard deviation, (2, 3, 1, 1); cached, since a GPU would wait for a copy in each step."""
         cfg = self.model.visual.preprocess_cfg
         return torch.tensor([cfg["mean"], cfg["std"]], device=self.model.logit_scale.device)[..., None, None]
 
@@ -120,15 +119,32 @@ def load_clip(name: str, random_weights: bool = False, device: str = "cpu") -> C
         model = open_clip.create_model(source, device=device, **options).eval()
         config = open_clip.get_model_config(source)
         clip = Clip(model, source, config, count_patches(model.visual))
-    has_weights = "pretrained" in options
-    for file in files:
-        replace_weights(model, file, whole=not has_weights)  # the first must hold both towers then
-        has_weights = True
+    for i, file in enumerate(files):
+        whole = i == 0 and "pretrained" not in options  # it must hold both towers
+        replace_weights(model, file, whole)
     if options.get("force_quick_gelu"):
         config["quick_gelu"] = True
     if random_weights and ":" not in source and config["text_cfg"].get("hf_tokenizer_name"):
         clip.tokenizer_error = "random weights have none, and a hub is not asked"
     return clip
+
+
+def count_patches(visual: torch.nn.Module) -> int:
+    """P, the number of local tokens of a vision tower of open_clip.
+
+    Raises:
+        UserError: it is neither a ViT that pools by class token nor a timm tower that pools by attention.
+    """
+    if getattr(visual, "pool_type", None) == "tok" and visual.attn_pool is None and not visual.final_ln_after_pool:
+        return visual.grid_size[0] * visual.grid_size[1]
+    trunk = getattr(visual, "trunk", None)
+    if (
+        getattr(trunk, "attn_pool", None) is not None
+        and isinstance(trunk.head, torch.nn.Identity)
+        and not len(visual.head)
+    ):
+        return trunk.patch_embed.num_patches
+    raise UserError("this vision tower is neither a ViT with a class token nor a timm one that pools by attention")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -180,7 +196,7 @@ def load_diffusion(name: str, text: str, dtype: torch.dtype, device, random_weig
             vae, unet, scheduler, embedding = random_diffusion(name, dtype, device)
         else:  # in this order, so that what is wrong shows before the large parts are read
             scheduler = DDPMScheduler.from_pretrained(name, subfolder="scheduler")
-            embedding = embed_texts(name, [text])
+            embedding = embed_texts(name, [text], device)
             vae = load_part(AutoencoderKL, name, "vae", torch_dtype=dtype)
             unet = load_part(UNet2DConditionModel, name, "unet", torch_dtype=dtype)
     predicts = scheduler.config.prediction_type
@@ -190,25 +206,25 @@ def load_diffusion(name: str, text: str, dtype: torch.dtype, device, random_weig
     return Diffusion(vae, unet, scheduler.alphas_cumprod.float().to(device), predicts, embedding.float().to(device))
 
 
-def embed_texts(name: str, texts: list[str], end_only: bool = False) -> torch.Tensor:
+def embed_texts(name: str, texts: list[str], device="cpu", end_only: bool = False) -> torch.Tensor:
     """Texts' states after the final LayerNorm, (n, L, W), or that of the end token alone, (n, W).
 
     The text encoder leaves memory when this returns.
     """
     tokenizer = AutoTokenizer.from_pretrained(name, subfolder="tokenizer", trust_remote_code=False)
-    encoder = load_part(CLIPTextModel, name, "text_encoder", dtype=torch.float32).eval()
+    encoder = load_part(CLIPTextModel, name, "text_encoder", dtype=torch.float32).eval().to(device)
     length = encoder.config.max_position_embeddings
     tokens = tokenizer(texts, padding="max_length", max_length=length).input_ids
     longest = max(len(ids) for ids in tokens)
     if longest > length:
         raise UserError(f"--text: has {longest} tokens with its start and end, and this text encoder reads {length}")
-    tokens = torch.tensor(tokens)
+    tokens = torch.tensor(tokens, device=device)
     embedded = []
     with torch.no_grad():
         for ids in tokens.split(64):
             states = encoder(ids).last_hidden_state  # (b, L, W)
             if end_only:
                 end = (ids == tokenizer.eos_token_id).int().argmax(1)  # its first place
-                states = states[torch.arange(len(ids)), end]  # (b, W)
+                states = states[torch.arange(len(ids), device=device), end]  # (b, W)
             embedded.append(states)
     return torch.cat(embedded)

@@ -65,7 +65,7 @@ def test_tokens_are_clips_own(clips, name):
         cls, local = condition.visual_tokens(visual, images)
         assert torch.equal(cls, clip.model.encode_image(images))  # to the last bit
         assert torch.equal(local, local_tokens(visual, images))
-    assert local.shape[1] == condition.count_patches(visual)
+    assert local.shape[1] == model.count_patches(visual)
 
 
 def local_tokens(visual: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
@@ -111,7 +111,7 @@ def test_every_recipe_has_the_papers_tokens():
                 clip = model.load_clip(name, random_weights=True, device="meta")
             images = torch.empty(1, 3, clip.image_size, clip.image_size, device="meta")
             towers[source] = condition.visual_tokens(clip.model.visual, images)[1].shape[1]
-            assert towers[source] == clip.patches
+            assert towers[source] == clip.num_patches
         assert towers[source] == patches
         assert parse_recap(recipe.recap, patches).count + 1 == tokens
         assert (recipe.join == "positions") == (tokens == 77)
@@ -191,13 +191,13 @@ def test_loss_and_gradients_are_algorithm_1(clips, tmp_path, case):
     config = folder / "scheduler" / "scheduler_config.json"
     config.write_text(config.read_text().replace('"epsilon"', f'"{prediction}"'))
     clip, diffusion = model.load_clip(clips[name]), model.load_diffusion(f"{folder}", "red house", torch.float32, CPU)
-    parsed = parse_recap(recap, clip.patches)
+    parsed = parse_recap(recap, clip.num_patches)
     torch.manual_seed(3)
     conditioner = condition.VisualCondition(clip, diffusion, parsed, join)
     pixels = torch.rand(2, 3, 32, 32)
     images, latents = clip.prepare(pixels), diffusion.encode(pixels)
     rngs = train.image_rngs(4, [(0, 0), (0, 1)])
-    timesteps, noise = train.draw_noise((3, *latents.shape[1:]), 0, 1000, rngs)
+    timesteps, noise = train.draw_states((3, *latents.shape[1:]), 0, 1000, rngs)
     patches = condition.draw_patches(parsed, 3, rngs)
 
     c, _ = conditioner(images, diffusion.text, patches)
@@ -320,7 +320,7 @@ def test_draws_depend_on_seed_step_and_position_alone(tmp_path):
             keys = data.batch_keys(1, 3, 4, micro_batch, rank, processes)
             for batch in data.read_batches(images, keys, workers, CPU):
                 rngs = train.image_rngs(seed, batch["keys"])
-                timesteps, noise = train.draw_noise((2, 4, 8, 8), 0, 1000, rngs)
+                timesteps, noise = train.draw_states((2, 4, 8, 8), 0, 1000, rngs)
                 patches = condition.draw_patches(Recap("random", 64, 19), 2, rngs)
                 for i, key in enumerate(batch["keys"]):
                     items[key] = [batch["images"][i], timesteps[i], noise[i], patches[i]]
@@ -339,7 +339,7 @@ def test_draws_depend_on_seed_step_and_position_alone(tmp_path):
 
     rngs = [np.random.default_rng(i) for i in range(5000)]
     for low, high in ((0, 1000), (500, 900)):
-        t = train.draw_noise((2, 1, 1, 1), low, high, rngs)[0].numpy()
+        t = train.draw_states((2, 1, 1, 1), low, high, rngs)[0].numpy()
         assert t.min() == low and t.max() == high - 1  # uniform: by five standard errors of the mean
         assert abs(t.mean() - (low + high - 1) / 2) < 5 * (high - low) / math.sqrt(12 * 10_000)
 
@@ -381,7 +381,7 @@ def test_steps_are_clipped_sgd_with_momentum_and_nothing_else_moves(tmp_path, mo
         batch = data.to_device(data.collate([images[step, position] for position in range(4)]), CPU)
         rngs = train.image_rngs(args.seed, batch["keys"])
         latents = diffusion.encode(batch["images"])
-        timesteps, noise = train.draw_noise((2, *latents.shape[1:]), 0, 1000, rngs)
+        timesteps, noise = train.draw_states((2, *latents.shape[1:]), 0, 1000, rngs)
         patches = condition.draw_patches(conditioner.recap, 2, rngs)
         c, _ = conditioner(clip.prepare(batch["images"]), diffusion.text, patches)
         loss = train.denoising_loss(diffusion, latents, c, timesteps, noise)

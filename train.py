@@ -4,8 +4,7 @@
     torchrun --nproc_per_node 8 train.py --recipe openai-vit-l-14-224 --data 'cc3m/*.tar' --mmvp MMVP/MMVP_VLM
     python train.py ...                                # the same, one process
 
-The lines of Algorithm 1 stand in the comments. The loop is `algorithm_1` (all six), the loss `denoising_loss` (lines 4
-and 5), the condition `VisualCondition.forward` in condition.py (lines 2 and 3).
+The lines of Algorithm 1 stand in the comments. The loop is `algorithm_1`: start there.
 """
 
 from harness.errors import UserError, one_sentence
@@ -25,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import beyond
 from condition import VisualCondition, draw_patches, parse_recap
-from data import DRAWS, TrainingImages, batch_keys, fingerprint, open_images, read_batches
+from data import STATES, TrainingImages, batch_keys, fingerprint, open_images, read_batches
 from evaluate_mmvp import compare, similarities
 from harness.mmvp import read_mmvp
 from harness.processes import copy_to, joined_processes, main_first
@@ -36,10 +35,12 @@ from model import Clip, Diffusion, load_clip, load_diffusion
 
 def image_rngs(seed: int, keys: list[tuple[int, int]]) -> list[np.random.Generator]:
     """A generator for each image. What an image draws depends on seed, step and its place in the batch alone."""
-    return [np.random.default_rng((DRAWS, seed, step, position)) for step, position in keys]
+    return [np.random.default_rng((STATES, seed, step, position)) for step, position in keys]
 
 
-def draw_noise(shape: tuple[int, ...], low: int, high: int, rngs: list[np.random.Generator]) -> tuple:
+def draw_states(
+    shape: tuple[int, ...], low: int, high: int, rngs: list[np.random.Generator]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Algorithm 1, line 4: t ~ U{low … high − 1}, (B, N) int64, and ε ~ N(0, I), (B, N, 4, h, w) fp32.
 
     `shape` is that of one image's noise, (N, 4, h, w). The paper draws t from the whole schedule: 0 and 1000.
@@ -57,9 +58,9 @@ def denoising_loss(
     The N states are an axis, folded into the batch for the U-Net. latents z (B, 4, h, w); condition c (B, N, L, W), or
     (B, 1, L, W) for all states; timesteps t (B, N); noise ε (B, N, 4, h, w) → L, a scalar; all but t in fp32.
     """
-    alphas_cumprod = diffusion.alphas_cumprod[timesteps][..., None, None, None]  # ᾱ_t, (B, N, 1, 1, 1)
+    alpha_bar = diffusion.alphas_cumprod[timesteps][..., None, None, None]  # ᾱ_t, (B, N, 1, 1, 1)
     latents = latents[:, None]  # the same z for all states, (B, 1, 4, h, w)
-    noisy_latents = alphas_cumprod.sqrt() * latents + (1 - alphas_cumprod).sqrt() * noise  # Alg. 1, line 4: z_t
+    noisy_latents = alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * noise  # Alg. 1, line 4: z_t
     condition = condition.expand(-1, noise.shape[1], -1, -1)  # (B, N, L, W)
     dtype = diffusion.unet.dtype
     noise_pred = diffusion.unet(
@@ -67,8 +68,8 @@ def denoising_loss(
     ).sample.float()  # ε_φ(z_t, t, c), (B · N, 4, h, w)
     target = noise
     if diffusion.prediction_type == "v_prediction":  # not the paper's: its squared error is that of ε over ᾱ_t
-        target = alphas_cumprod.sqrt() * noise - (1 - alphas_cumprod).sqrt() * latents
-    return F.mse_loss(noise_pred, target.flatten(0, 1))  # Alg. 1, line 5: L
+        target = alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * latents
+    return F.mse_loss(noise_pred, target.flatten(0, 1))  # Alg. 1, line 5: L, a mean over elements too
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
@@ -92,13 +93,14 @@ def algorithm_1(
     Args:
         conditioner: a VisualCondition, in DDP.
         peak: the highest learning rate.
-        steps: all steps that share one course of the learning rate.
+        steps: this stage's; the rate rises and falls to 0 within them.
         batches: of `read_batches`.
         run: keeps the loss, logs and saves (harness/run.py), and says at which step to begin.
         pull: not the paper's: a `beyond.Pull`.
     """
     parameters = optimizer.param_groups[0]["params"]
-    recap, (low, high) = parse_recap(args.recap, clip.patches), parse_timesteps(args.timesteps)
+    recap = parse_recap(args.recap, clip.num_patches)
+    low, high = parse_timesteps(args.timesteps)
     accumulation = args.batch_size // (args.micro_batch * dist.get_world_size())  # micro-batches a step and process
     for step in range(max(run.first_step, steps.start), steps.stop):
         lr = learning_rate(step - steps.start, len(steps), peak, args.warmup)  # η
@@ -106,9 +108,10 @@ def algorithm_1(
         for i in range(accumulation):
             conditioner.require_backward_grad_sync = i == accumulation - 1  # DDP averages the gradients once a step
             batch = next(batches)
-            images, rngs = batch["images"], image_rngs(args.seed, batch["keys"])  # Alg. 1, line 1: x, (B, 3, S, S)
-            latents = diffusion.encode(images)  # z, (B, 4, S/8, S/8)
-            timesteps, noise = draw_noise((args.states, *latents.shape[1:]), low, high, rngs)  # Alg. 1, line 4: t, ε
+            images = batch["images"]  # Alg. 1, line 1: x, (B, 3, S, S), in [0, 1]
+            rngs = image_rngs(args.seed, batch["keys"])
+            latents = diffusion.encode(images)  # z, (B, 4, S/8, S/8), without a gradient
+            timesteps, noise = draw_states((args.states, *latents.shape[1:]), low, high, rngs)  # Alg. 1, line 4: t, ε
             patches = draw_patches(recap, args.states, rngs)  # Alg. 1, line 3: of each state, (B, N, K)
             timesteps, noise, patches = copy_to(images.device, timesteps, noise, patches)
             prepared = clip.prepare(images)  # (B, 3, s, s)
@@ -119,7 +122,7 @@ def algorithm_1(
             run.note(loss, batch)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
         run.log(step, grad_norm, lr)  # ends the run if this is not finite, or too many images cannot be read
-        optimizer.step()  # Alg. 1, line 6: θ ← θ − η ∇L; φ never changes
+        optimizer.step()  # Alg. 1, line 6: θ ← θ − η ∇L; φ takes no gradient and is not in the optimizer
         optimizer.zero_grad()
         run.save(step + 1)  # every --save-every steps; ends the run if a signal asked for it
 
@@ -127,7 +130,7 @@ def algorithm_1(
 def build(args, device: torch.device) -> tuple[Clip, Diffusion, VisualCondition]:
     """θ, φ, and what carries θ's tokens to φ. UserError: they cannot be loaded, or do not fit together."""
     clip = load_clip(args.clip, args.random_weights, str(device))
-    recap = parse_recap(args.recap, clip.patches)
+    recap = parse_recap(args.recap, clip.num_patches)
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     diffusion = load_diffusion(args.diffusion, args.text, dtype, device, args.random_weights)
     parse_timesteps(args.timesteps, len(diffusion.alphas_cumprod))  # refused if the schedule has fewer
@@ -156,7 +159,7 @@ def build_optimizer(args, conditioner: VisualCondition, parameters: list) -> tor
 
 def train(args, device: torch.device) -> None:
     """One run, from the models and the images to OUT/clip and, with --mmvp, its scores before and after."""
-    args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
+    args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")  # the device is known only here
     with main_first() as main:  # the others find what it has indexed
         files = open_images(args.data, progress=main)
         pairs = read_mmvp(args.mmvp) if args.mmvp else []
@@ -165,10 +168,10 @@ def train(args, device: torch.device) -> None:
         return
     clip, diffusion, conditioner = build(args, device)
     images = TrainingImages(files, args.image_size or diffusion.image_size, args.batch_size, args.seed)
-    if args.projection == "fitted":
+    if args.projection == "fitted" and not run.first_step:
         beyond.fit_projection(args, clip, conditioner, images)
     pull = beyond.Pull(clip, args.pull) if args.pull else None
-    stages = [(conditioner.parameters(), range(args.steps), args.lr)]  # the paper's: all learns, in all steps
+    stages = [(list(conditioner.parameters()), range(args.steps), args.lr)]  # the paper's: all learns, in all steps
     if args.projection_steps or args.freeze_projection:
         stages = beyond.stages(args, conditioner)
     rank, processes = dist.get_rank(), dist.get_world_size()
@@ -177,7 +180,7 @@ def train(args, device: torch.device) -> None:
     with run.started(clip, diffusion, conditioner, images):
         before = similarities(clip, pairs, device) if run.main and pairs else None
         for parameters, steps, peak in stages:
-            optimizer = build_optimizer(args, conditioner, list(parameters))
+            optimizer = build_optimizer(args, conditioner, parameters)
             run.restore(optimizer, steps)
             ddp = DistributedDataParallel(conditioner, gradient_as_bucket_view=True)
             algorithm_1(args, clip, diffusion, ddp, optimizer, peak, steps, batches, run, pull)

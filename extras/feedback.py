@@ -41,7 +41,7 @@ from harness.options import parse_args
 from harness.processes import copy_to, joined_processes
 from harness.recipes import TYPES, parse_timesteps
 from harness.scores import average, interval, type_names, type_scores
-from train import algorithm_1, build, build_optimizer, denoising_loss, draw_noise, image_rngs
+from train import algorithm_1, build, build_optimizer, denoising_loss, draw_states, image_rngs
 
 MOVE = 0.2  # of the class tokens' mean distance from their centre, the mean length of a move
 
@@ -110,7 +110,7 @@ def feedback(args, diffusion, conditioner, pairs: Pairs, cls: torch.Tensor, seed
         for images in torch.arange(len(cls)).split(args.micro_batch):
             token, latents = cls[images].clone().requires_grad_(), pairs.latents[images]
             rngs = image_rngs(seed, [(draw, i) for i in images.tolist()])
-            timesteps, noise = draw_noise((args.states, *latents.shape[1:]), low, high, rngs)
+            timesteps, noise = draw_states((args.states, *latents.shape[1:]), low, high, rngs)
             patches = draw_patches(conditioner.recap, args.states, rngs)
             timesteps, noise, patches = copy_to(cls.device, timesteps, noise, patches)
             condition = conditioner.from_tokens(token, pairs.local[images], diffusion.text, patches)

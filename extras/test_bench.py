@@ -70,7 +70,7 @@ def test_the_step_is_a_runs_own(group):
     before = {name: p.detach().clone() for name, p in names.items()}
     batch = next(step.batches())
     rngs, recap = train.image_rngs(step.args.seed, [(0, i) for i in range(4)]), step.conditioner.recap
-    timesteps, noise = train.draw_noise((2, 4, 8, 8), 500, 1000, rngs)
+    timesteps, noise = train.draw_states((2, 4, 8, 8), 500, 1000, rngs)
     patches = train.draw_patches(recap, 2, rngs)
     condition, _ = step.conditioner(step.clip.prepare(batch["images"]), step.diffusion.text, patches)
     loss = train.denoising_loss(step.diffusion, step.diffusion.encode(batch["images"]), condition, timesteps, noise)

@@ -72,7 +72,7 @@ def test_the_gradient_is_the_slope_of_each_images_loss(seen):
         losses = []
         for draw in range(2):
             rngs = train.image_rngs(5, [(draw, i)])
-            timesteps, noise = train.draw_noise((2, 4, 8, 8), 500, 1000, rngs)
+            timesteps, noise = train.draw_states((2, 4, 8, 8), 500, 1000, rngs)
             alpha = alphas[timesteps[0]][:, None, None, None]
             noisy = alpha**0.5 * latents[i] + (1 - alpha) ** 0.5 * noise[0]
             condition = conditioner.from_tokens(token[None], local[[i]], text, draw_patches(conditioner.recap, 2, rngs))

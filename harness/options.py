@@ -12,7 +12,7 @@ from harness.errors import UserError, fail, say
 from harness.files import check_writable
 from harness.recipes import RECIPES, Recipe, check_diffusion, locate_clip, parse_timesteps
 
-# what may change when a run goes on, and is not part of the folder's name
+# not compared when a run goes on, and not part of the folder's name
 MAY_CHANGE_ON_RESUME = {
     "micro_batch", "compile", "grad_checkpointing", "save_every", "keep_every", "mmvp", "out", "workers",
     "changed_code",
@@ -164,7 +164,7 @@ def changed_settings(args: argparse.Namespace, parser: argparse.ArgumentParser) 
 
 def check_args(args: argparse.Namespace, processes: int) -> None:
     """UserError for what the arguments alone show to be wrong."""
-    if not args.text.isprintable():  # as bytes that are no UTF-8
+    if not args.text.isprintable():  # bytes that are no UTF-8 come as such characters
         raise UserError(f"--text {args.text!r}: is not a line of text in UTF-8")
     if args.data is None:
         raise UserError("--data is needed: a folder of images, shards ('cc3m/*.tar'), or `synthetic`")

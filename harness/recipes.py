@@ -94,24 +94,13 @@ BASELINES = {  # the untouched CLIPs on MMVP-VLM by type, as published, in perce
 
 
 def beyond_the_paper(settings: dict) -> list[str]:
-    """What the settings of a run do that the paper does not, in words; nothing for the paper's recipes."""
-    words, layer = [], []
-    if settings["projection"] == "fitted":
-        layer.append("fitted to texts at its start")
-    if settings["projection_steps"]:
-        layer.append(f"trained alone for {settings['projection_steps']} steps first")
-    if settings["freeze_projection"]:
-        layer.append("frozen while CLIP learns")
-    if layer:
-        words.append(f"the linear layer is {', '.join(layer)}")
-    if settings["timesteps"] != Recipe.timesteps:
-        low, high = parse_timesteps(settings["timesteps"])
-        words.append(f"t from {low} to {high - 1}")
-    if settings["optimizer"] != Recipe.optimizer:
-        words.append("AdamW")
-    if settings["pull"]:
-        words.append(f"a pull of {settings['pull']:g} toward the untouched CLIP")
-    return words
+    """The options by which a run does what the paper does not; none for the paper's recipes."""
+    options = []
+    for key in ("timesteps", "optimizer", "projection", "projection_steps", "freeze_projection", "pull"):
+        if settings[key] != getattr(Recipe, key):
+            flag = f"--{key.replace('_', '-')}"
+            options.append(flag if settings[key] is True else f"{flag} {settings[key]}")
+    return options
 
 
 def parse_timesteps(spec: str, count: int = 1000) -> tuple[int, int]:

@@ -56,7 +56,7 @@ class Run:
         scored = not args.mmvp or (self.out / "mmvp" / "scores.json").exists() and self.scored_on() == args.mmvp
         self.finished = self.first_step == args.steps and scored
         if self.first_step:
-            self.compare(state)
+            self.refuse_another_run(state)
         if len(set(everyone((self.first_step, self.images, self.finished)))) > 1:
             raise UserError("steps taken or images differ between processes; all need the same --out and --data")
         if self.finished and self.main:
@@ -67,7 +67,7 @@ class Run:
         with contextlib.suppress(OSError, ValueError, AttributeError):
             return json.loads((self.out / "args.json").read_text()).get("mmvp")
 
-    def compare(self, state: dict) -> None:
+    def refuse_another_run(self, state: dict) -> None:
         """UserError: the run whose checkpoint is `state` is not this one."""
         differs = []
         for key, value in self.settings.items():
@@ -99,6 +99,8 @@ class Run:
         if self.main:
             self.out.mkdir(parents=True, exist_ok=True)
             check_renames(self.out)
+            if self.args.mmvp:  # scores of another benchmark must not pass for this one's
+                (self.out / "mmvp" / "scores.json").unlink(missing_ok=True)
             packages = ("torch", "open_clip_torch", "diffusers", "transformers")
             versions = {name: importlib.metadata.version(name) for name in packages}
             content = vars(self.args) | dict(versions=versions, code=self.codes)
@@ -113,7 +115,6 @@ class Run:
             dynamic_ncols=True, disable=not self.main,
             bar_format="{l_bar}{bar}| [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
         )  # fmt: skip
-        self.time = time.perf_counter()
         try:
             yield
         finally:
@@ -127,6 +128,7 @@ class Run:
         if self.first_step and steps.start <= self.first_step <= steps.stop:
             same = optimizer if self.first_step > steps.start else None  # the first of these steps has a new optimizer
             load_checkpoint(self.out / "checkpoint", self.conditioner, same)
+        self.time = time.perf_counter()
 
     def note(self, loss: torch.Tensor, batch: dict) -> None:
         """Keeps a micro-batch's loss, and the names of the images that could not be read, for `log`."""
@@ -163,8 +165,10 @@ class Run:
         now = time.perf_counter()
         speed, self.time = self.args.batch_size / (now - self.time), now
         if self.main:
-            line = dict(step=step, loss=loss, grad_norm=grad_norm, lr=lr, images_per_second=round(speed, 3))
-            line |= dict(peak_memory_gib=round(peak_memory() / 2**30, 3), unreadable=self.unreadable)
+            line = dict(
+                step=step, loss=loss, grad_norm=grad_norm, lr=lr, images_per_second=round(speed, 3),
+                peak_memory_gib=round(peak_memory() / 2**30, 3), unreadable=self.unreadable,
+            )  # fmt: skip
             if names:
                 line["passed_over"] = names
             with open(self.metrics, "a") as file:
@@ -255,7 +259,7 @@ def plan(args: argparse.Namespace, first_step: int, clip, diffusion, conditioner
         "steps": f"{first_step:,} to {args.steps:,}, {args.optimizer}, lr {args.lr:g}, batch {args.batch_size} = "
         f"{processes} process{'es' if processes > 1 else ''} × micro-batch {args.micro_batch} × {accumulated} "
         f"accumulated{slow}",
-        "beyond DIVA": "; ".join([*beyond, "see beyond.py"] if beyond else ["nothing"]),
+        "beyond DIVA": " ".join([*beyond, "(see beyond.py)"] if beyond else ["nothing"]),
         "writes": args.out,
     }
     return "\n".join(f"{name:12} {text}" for name, text in lines.items())

@@ -57,7 +57,7 @@ def scores(rights: Rights, types: list[str]) -> dict[str, dict]:
     return rows
 
 
-def change(before: Rights, after: Rights, types: list[str]) -> list[dict]:
+def paired_change(before: Rights, after: Rights, types: list[str]) -> list[dict]:
     """The paired change between two CLIPs for each embedding: points, their 95% interval, pairs won and lost, p."""
     changes = []
     for embedding, old in before.items():
@@ -112,7 +112,7 @@ def draws_in_words(averages: list[float]) -> str:
 
 
 def verdict(change: dict, pairs: int) -> str:
-    """What `change` found for an embedding, on this many pairs, as a sentence: what it is, how much, how sure.
+    """What `paired_change` found for an embedding, on this many pairs, as a sentence: what it is, how much, how sure.
 
     A gain or a loss needs an interval that leaves out zero and p < 0.05. Without them, the sentence says the smallest
     change that would show: the outcome is inconclusive if the interval still holds it, and no effect is seen if not.
