@@ -73,8 +73,8 @@ def read_file(file: Path) -> dict:
             refuse_torchscript(file)
         elif not head.startswith(b"\x80"):  # a pickle
             raise ValueError("it is neither of safetensors nor of torch.save")
-        with warnings.catch_warnings(action="ignore"):  # torch's, about old forms of its files
-            content = torch.load(file, "cpu", weights_only=True)
+        with open(file, "rb") as opened, warnings.catch_warnings(action="ignore"):  # about old forms of torch's files
+            content = torch.load(opened, "cpu", weights_only=True)  # opened, as torch would go by the name
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}, not tensors by name")
         return content
