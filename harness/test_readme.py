@@ -23,17 +23,15 @@ COMMANDS = {  # each line once, without a shell's loop and comment
 def arguments(command: str, script: str) -> list[str]:
     """What stands behind a script's name, up to the next command; a loop's variable is a value like any other."""
     text = re.split(r" && |;", command.partition(script)[2])[0]
-    values = {"$recap": "all", "$part": "0000", "$diffusion": "A/B", "$(basename A/B)": "B"}
-    for name, value in values.items():
+    for name, value in {"$recap": "all", "$part": "0000", "$diffusion": "A/B", "$(basename A/B)": "B"}.items():
         text = text.replace(name, value)
     return shlex.split(text)
 
 
 @pytest.mark.parametrize("command", sorted(c for c in COMMANDS if "train.py" in c and "..." not in c))
-def test_train_takes_the_commands(command, monkeypatch, tmp_path):
+def test_train_takes_the_commands(command, monkeypatch):
     monkeypatch.chdir(ROOT)
-    given = arguments(command, "train.py")
-    assert parse_args(given).steps >= 1
+    assert parse_args(arguments(command, "train.py")).steps >= 1
 
 
 @pytest.mark.parametrize("script", ["evaluate_mmvp.py", "extras/report.py", "extras/export.py", "extras/bench.py",
@@ -50,4 +48,4 @@ def test_the_snippet_that_loads_a_trained_clip_runs():
     lines = re.findall(r"^ {4}((?:model|tokenizer).*open_clip.*)$", (ROOT / "extras" / "README.md").read_text(), re.M)
     assert len(lines) == 2
     code = "\n".join(["import open_clip", *lines]).replace("runs/l14/clip", str(MINIATURE / "clip"))
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path.cwd())
+    subprocess.run([sys.executable, "-c", code], check=True)

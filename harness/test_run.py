@@ -1,13 +1,12 @@
 """What a run endures: signals, kills, a full disk, broken images; and that it goes on in the same bits."""
 
-from test_smoke import CPU, ROOT, SMALL, TORCHRUN  # first: it sets what the libraries read when they are imported
+from test_smoke import ROOT, SMALL, TORCHRUN  # first: it sets what the libraries read when they are imported
 from test_smoke import assert_near, assert_same_run, assert_saved, at_loss, jpeg, metrics, picture, run, settings
 from test_smoke import steps_saved, weights, write_mmvp, write_shard, write_siglip
 
 import contextlib
 import csv
 import errno
-import io
 import json
 import math
 import os
@@ -30,10 +29,10 @@ import harness.processes
 import harness.run
 import model
 import train
-from harness.errors import Stopped, UserError, one_sentence
-from harness.options import parse_args
+from harness.errors import Stopped
 from harness.processes import joined_processes
 from harness.recipes import MINIATURE, RECIPES, beyond_the_paper
+from harness.test_input import refused
 
 STEPS = "--steps 5 --save-every 2"
 FULL_SIZE = [name for name in RECIPES if name != "miniature"]
@@ -43,6 +42,16 @@ FULL_SIZE = [name for name in RECIPES if name != "miniature"]
 def whole(tmp_path_factory) -> Path:
     """A run of STEPS that nothing has stopped."""
     return run(tmp_path_factory.mktemp("whole") / "run", STEPS)
+
+
+def stop_run(monkeypatch, out: Path, steps: int, name: str) -> None:
+    """Begins a run of STEPS that a signal stops after so many."""
+    number, usual = signal.Signals[name], signal.getsignal(signal.Signals[name])
+    losses = at_loss(monkeypatch, steps, lambda: signal.raise_signal(number))
+    with refused(f"{name}: stopped after {steps} steps, .* the same command goes on") as stop:
+        run(out, STEPS)
+    assert stop.type is Stopped and stop.value.exit_code == 128 + number
+    assert len(losses) == steps_saved(out) == steps and signal.getsignal(number) == usual
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -61,15 +70,13 @@ def test_a_run_says_what_it_is_about_to_do_and_what_to_do_next(tmp_path, capfd):
     assert lines["images"].startswith("2,000 at 64², 2 noisy states each")
     assert "0 to 5, sgd, lr 0.01, batch 4 = 1 process × micro-batch 2 × 2 accumulated" in lines["steps"]
     assert lines["beyond DIVA"] == "nothing"
-    ways_on = (
+    assert [line[13:] for line in said[9:]] == [
         f'open_clip.create_model_and_transforms("local-dir:{out}/clip")',
         f"python evaluate_mmvp.py miniature {out}/clip",
         f"python extras/reconstruct.py {out} FILE.png",
         f"python extras/export.py {out}/clip DIR",
         f"python extras/report.py {out}",
-    )
-    for way in ways_on:
-        assert any(way in line for line in said[8:]), way
+    ]
     args = settings(out, "--timesteps 500:1000 --optimizer adamw --pull 0.05 --projection fitted --projection-steps 2")
     expected = "--timesteps 500:1000 --optimizer adamw --projection fitted --projection-steps 2 --pull 0.05"
     assert " ".join(beyond_the_paper(vars(args))) == expected
@@ -79,15 +86,14 @@ def test_gradients_are_averaged_once_a_step(tmp_path, monkeypatch):
     """DDP communicates in three backward passes of twelve."""
     buckets = []
 
+    def watch(state, bucket):
+        buckets.append(bucket.index())
+        return allreduce_hook(None, bucket)
+
     class Watched(train.DistributedDataParallel):
         def __init__(self, *args, **options):
             super().__init__(*args, **options)
-            self.register_comm_hook(None, self.watch)
-
-        @staticmethod
-        def watch(state, bucket):
-            buckets.append(bucket.index())
-            return allreduce_hook(None, bucket)
+            self.register_comm_hook(None, watch)
 
     monkeypatch.setattr(train, "DistributedDataParallel", Watched)
     run(tmp_path / "run", "--micro-batch 1")
@@ -114,32 +120,20 @@ def test_bf16_runs_theta_under_autocast_and_phi_in_bf16(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["miniature", "siglip"])
 def test_grad_checkpointing_keeps_less_and_changes_nothing(tmp_path, name):
-    """The same weights after two steps, to the last bit; what a step keeps for its backward pass is less."""
-    flags = "--recap pool:5" + (f" --clip {write_siglip(tmp_path / name)}" if name == "siglip" else "")
-    kept, ends = [], []
+    """What a run keeps for its backward passes is less; its bits are the same."""
+    clip, kept, outs = write_siglip(tmp_path / name) if name == "siglip" else name, [], []
     for more in ("", "--grad-checkpointing"):
-        args, tensors = settings("unused", f"{flags} {more}"), {}
-        clip, diffusion, conditioner = train.build(args, CPU)
-        optimizer = train.build_optimizer(args, conditioner, list(conditioner.parameters()))
-        for step in (0, 1):
-            torch.manual_seed(step)
-            pixels = torch.rand(2, 3, 64, 64)
-            timesteps, noise = train.draw_states((2, 4, 8, 8), 0, 1000, train.image_rngs(0, [(step, 0), (step, 1)]))
+        tensors = {}
 
-            def keep(tensor: torch.Tensor) -> torch.Tensor:
-                tensors[tensor.data_ptr()] = tensor.nbytes
-                return tensor
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            tensors[tensor.data_ptr()] = tensor.nbytes
+            return tensor
 
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                c, _ = conditioner(clip.prepare(pixels), diffusion.text)
-                loss = train.denoising_loss(diffusion, diffusion.encode(pixels), c, timesteps, noise)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            outs.append(run(tmp_path / f"run{more}", f"--clip {clip} --recap pool:5 --steps 2 {more}"))
         kept.append(sum(tensors.values()))
-        ends.append(conditioner.state_dict())
-    assert kept[1] < 0.7 * kept[0]
-    assert all(torch.equal(v, ends[1][k]) for k, v in ends[0].items())
+    assert kept[1] < 0.35 * kept[0]  # φ alone, or θ alone, would come to 0.44 or more
+    assert_same_run(*outs)
 
 
 @pytest.mark.slow
@@ -167,34 +161,28 @@ def test_a_clip_without_its_tokenizer_is_saved_all_the_same(tmp_path):
     (tmp_path / "saved").mkdir()
     clip.save(tmp_path / "saved")
     assert clip.tokenizer_error.startswith("the tokenizer of ViT-B-16-SigLIP could not be loaded: ")
-    (tmp_path / "saved" / "tokenizer_config.json").unlink(missing_ok=True)
     reloaded = open_clip.create_model(f"local-dir:{tmp_path}/saved")
     assert all(torch.equal(v, clip.model.state_dict()[k]) for k, v in reloaded.state_dict().items())
-    with pytest.raises(UserError, match="saved: this CLIP was saved without its tokenizer"):
-        model.load_clip(f"{tmp_path}/saved").tokenizer()
 
 
 def test_a_finished_run_evaluates_once(tmp_path, capsys, monkeypatch):
-    mmvp = f"--mmvp {write_mmvp(tmp_path / 'mmvp')}"
+    two, three = (f"--mmvp {write_mmvp(tmp_path / f'{pairs}', pairs)}" for pairs in (2, 3))
     out = run(tmp_path / "run")
-    run(out, mmvp)  # finished, but not yet evaluated
-    run(out, f"--mmvp {write_mmvp(tmp_path / 'other', 3)}")  # another benchmark is scored, too
-    assert json.loads((out / "mmvp" / "scores.json").read_text())["pairs"] == 3
-    run(out, mmvp)
-    scores = (out / "mmvp" / "scores.json").read_text()
-    assert json.loads(scores)["pairs"] == 2
+    scores = out / "mmvp" / "scores.json"
+    for mmvp, pairs in ((two, 2), (three, 3), (two, 2)):  # not yet evaluated, or on another benchmark
+        run(out, mmvp)
+        assert json.loads(scores.read_text())["pairs"] == pairs
+    before = scores.stat().st_mtime_ns
     monkeypatch.setattr(train, "load_clip", None)  # from here on nothing is loaded
     capsys.readouterr()
-    run(out, mmvp)
+    run(out, two)
     assert re.search(f"{out}: this run is finished.*; remove that folder to start anew\n", capsys.readouterr().out)
-    assert (out / "mmvp" / "scores.json").read_text() == scores
+    assert scores.stat().st_mtime_ns == before
 
 
 def test_the_command_compares_two_clips(tmp_path, monkeypatch, capsys):
     """What a run scores before and after, again; every figure beside the one recomputed from pairs.csv."""
-    mmvp, scores = tmp_path / "mmvp", tmp_path / "scores"
-    mmvp.mkdir()
-    (mmvp / "MLLM_VLM Images").symlink_to((MINIATURE / "mmvp" / "MLLM_VLM Images").absolute())
+    mmvp, scores = write_mmvp(tmp_path / "mmvp"), tmp_path / "scores"
     header, *lines = (MINIATURE / "mmvp" / "Questions.csv").read_text().splitlines(True)
     lines = [line for i, line in enumerate(lines) if i % 200 < 30]  # 15 pairs of each type
     (mmvp / "Questions.csv").write_text("".join([header, *lines]))
@@ -223,10 +211,6 @@ def test_the_command_compares_two_clips(tmp_path, monkeypatch, capsys):
         assert change["points"] == pytest.approx(100 * (counts[1] - counts[0]) / 135)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Images that cannot be read
-
-
 def test_shards_that_change_while_they_are_read_are_passed_over(tmp_path, monkeypatch):
     """Of sixty shards one is removed, one cut short, one replaced in the middle of a run: counted, replaced, named."""
     files = {f"{i}.jpg": jpeg(picture(40, 90 * i)) for i in range(4)}
@@ -245,7 +229,7 @@ def test_shards_that_change_while_they_are_read_are_passed_over(tmp_path, monkey
     assert lines[10]["unreadable"] == 0 and lines[-1]["unreadable"] == len(names) > 8
     assert {Path(name.split(" at byte")[0]).name for name in names} == {"03.tar", "07.tar", "11.tar"}
     write_shard(tmp_path / "07.tar", files)
-    with pytest.raises(UserError, match="its run has other images"):
+    with refused("its run has other images"):
         run(tmp_path / "run", flags)
 
 
@@ -271,31 +255,6 @@ def test_a_run_that_dies_in_a_save_goes_on_in_the_same_bits(tmp_path, monkeypatc
     assert_saved(tmp_path / "run")
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
-def test_a_signal_stops_after_the_step_and_loses_none(tmp_path, monkeypatch, whole, name):
-    number, usual = signal.Signals[name], signal.getsignal(signal.Signals[name])
-    losses = at_loss(monkeypatch, 3, lambda: signal.raise_signal(number))
-    with pytest.raises(Stopped, match=f"{name}: stopped after 3 steps, .* the same command goes on") as stop:
-        run(tmp_path / "run", STEPS)
-    assert stop.value.exit_code == 128 + number and len(losses) == steps_saved(tmp_path / "run") == 3
-    assert signal.getsignal(number) == usual
-    assert_same_run(whole, run(tmp_path / "run", STEPS))
-
-
-def test_a_signal_to_all_processes_lets_the_step_end(tmp_path):
-    """As clusters signal; a step of twelve micro-batches needs what reads ahead to its end."""
-    out = tmp_path / "run"
-    flags = f"{SMALL} {out} --steps 1000 --batch-size 24 --micro-batch 2 --states 1 --workers 2"
-    command = [sys.executable, "train.py", *flags.split()]
-    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not (out / "metrics.jsonl").exists():
-        time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM, said
-    assert said.splitlines()[-1].endswith("the same command goes on") and steps_saved(out) == len(metrics(out)) >= 1
-
-
 def test_a_full_disk_costs_nothing_but_time(tmp_path, whole):
     """A tmpfs with room for one checkpoint: a sentence, the earlier one whole; with more room the run goes on."""
     size, disk = sum(f.stat().st_size for f in whole.rglob("*") if f.is_file()), tmp_path / "disk"
@@ -304,7 +263,7 @@ def test_a_full_disk_costs_nothing_but_time(tmp_path, whole):
     if subprocess.run(mount.split(), capture_output=True).returncode:
         pytest.skip("mounting a small disk needs root")
     try:
-        with pytest.raises(UserError, match="could not be written: .*(No space|space left).*; what it held before is"):
+        with refused("could not be written: .*(No space|space left).*; what it held before is"):
             run(disk / "run", STEPS)
         assert steps_saved(disk / "run") == 2 and not list((disk / "run").glob("*.new"))
         subprocess.run(f"mount -o remount,size={3 * size} {disk}".split(), check=True)
@@ -314,14 +273,9 @@ def test_a_full_disk_costs_nothing_but_time(tmp_path, whole):
 
 
 def test_a_loss_that_is_not_finite_stops_before_its_step(tmp_path, monkeypatch):
-    loss, losses = train.denoising_loss, []
-
-    def third_is_nan(*args) -> torch.Tensor:
-        losses.append(1)
-        return loss(*args) * (math.nan if len(losses) == 3 else 1)
-
-    monkeypatch.setattr(train, "denoising_loss", third_is_nan)
-    with pytest.raises(UserError, match=r"step 2: the loss is nan, .* \(process 0\); this step was not taken"):
+    loss, factors = train.denoising_loss, iter([1, 1, math.nan])
+    monkeypatch.setattr(train, "denoising_loss", lambda *args: loss(*args) * next(factors))
+    with refused(r"step 2: the loss is nan, .* \(process 0\); this step was not taken"):
         run(tmp_path / "run", "--save-every 1 --steps 5")
     assert steps_saved(tmp_path / "run") == 2
     assert_saved(tmp_path / "run")
@@ -349,11 +303,9 @@ def test_memory_does_not_grow(tmp_path, monkeypatch):
 
 def test_code_that_has_changed_is_refused_by_name_or_kept_beside_the_old(tmp_path, monkeypatch):
     out, hashes = tmp_path / "run", harness.run.code_hashes()
-    at_loss(monkeypatch, 2, lambda: signal.raise_signal(signal.SIGTERM))
-    with pytest.raises(Stopped):
-        run(out, STEPS)
+    stop_run(monkeypatch, out, 2, "SIGINT")
     monkeypatch.setattr(harness.run, "code_hashes", lambda: hashes | {"train.py": "edited"})
-    with pytest.raises(UserError, match=r"run: train.py changed since .*; name another --out, or .* --changed-code"):
+    with refused(r"run: train.py changed since .*; name another --out, or .* --changed-code"):
         run(out, STEPS)
     run(out, f"{STEPS} --changed-code")
     code = json.loads((out / "args.json").read_text())["code"]
@@ -365,75 +317,33 @@ def test_a_disk_without_rights_and_fsync_keeps_a_run_and_one_without_renames_is_
         raise OSError(errno.EINVAL, "Invalid argument")
 
     with monkeypatch.context() as patch:
-        for name in ("fsync", "chmod"):
-            patch.setattr(os, name, refuse)
+        patch.setattr(os, "fsync", refuse)
+        patch.setattr(os, "chmod", refuse)
         assert_saved(run(tmp_path / "run"))
-    losses = at_loss(monkeypatch, 1, lambda: None)
     monkeypatch.setattr(Path, "rename", refuse)
-    with pytest.raises(UserError, match="--out .*other: its disk cannot rename folders ..Errno 22"):
+    monkeypatch.setattr(train, "denoising_loss", None)  # it is said before the first step
+    with refused("--out .*other: its disk cannot rename folders ..Errno 22"):
         run(tmp_path / "other")
-    assert not losses
 
 
 def test_clips_are_kept_along_a_run(tmp_path, monkeypatch):
     """Each is that of its step, here beside a run that was stopped there."""
-    out = run(tmp_path / "run", "--steps 5 --keep-every 2")
+    out = run(tmp_path / "run", f"{STEPS} --keep-every 2")
     assert sorted(path.name for path in out.glob("clip*")) == ["clip", "clip-000002", "clip-000004"]
-    at_loss(monkeypatch, 4, lambda: signal.raise_signal(signal.SIGTERM))
-    with pytest.raises(Stopped):
-        run(tmp_path / "stopped", "--steps 5")
+    stop_run(monkeypatch, tmp_path / "stopped", 4, "SIGUSR1")
     kept, stopped = open_clip.create_model(f"local-dir:{out}/clip-000004"), weights(tmp_path / "stopped")
     assert all(torch.equal(v, stopped[f"visual.{k}"]) for k, v in kept.visual.state_dict().items())
 
 
 def test_images_that_have_moved_are_the_same_run(tmp_path, monkeypatch):
-    folder = tmp_path / "job1"
+    folder, moved = tmp_path / "job1", tmp_path / "job2"
     folder.mkdir()
     for i in range(4):
         (folder / f"{i}.jpg").write_bytes(jpeg(picture(40, i)))
     run(tmp_path / "run", f"--data {folder}")
-    folder.rename(tmp_path / "job2")
+    folder.rename(moved)
     monkeypatch.setattr(train, "build", None)  # finished: nothing is loaded
-    run(tmp_path / "run", f"--data {tmp_path}/job2 --clip {MINIATURE}/../miniature/clip/")
-    (tmp_path / "job2" / "0.jpg").write_bytes(jpeg(picture(50)))
-    with pytest.raises(UserError, match="its run has other images"):
-        run(tmp_path / "run", f"--data {tmp_path}/job2")
-
-
-def test_a_signal_before_the_first_batch_ends_the_process(tmp_path):
-    """One that waits for images that never come."""
-    script = tmp_path / "waits.py"
-    script.write_text(
-        "import os, sys, time; sys.path.insert(0, os.getcwd())\n"
-        "import data, train\n"
-        "from harness.options import parse_args\n"
-        "from harness.processes import joined_processes\n"
-        "data.decode_crop = lambda *args: print('waits', flush=True) or time.sleep(600)\n"
-        "with joined_processes() as device: train.train(parse_args(), device)\n"
-    )
-    command = [sys.executable, str(script), *f"{SMALL} {tmp_path}/run --workers 2".split()]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    while process.stdout.readline() != "waits\n":
-        pass
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=20)
-    assert process.returncode == -signal.SIGTERM
-
-
-def test_a_terminal_that_cannot_show_a_letter_ends_nothing(monkeypatch):
-    terminal = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
-    monkeypatch.setattr(sys, "stdout", terminal)
-    with one_sentence("command"):
-        print("θ at 64²")
-    terminal.flush()
-    assert terminal.buffer.getvalue() == "? at 64²\n".encode("latin-1")
-
-
-def test_a_mistake_leaves_no_process_group_behind():
-    """As in a notebook, whose cells share one process."""
-    for _ in range(2):
-        with pytest.raises(UserError), joined_processes():
-            raise UserError("a mistake")
+    run(tmp_path / "run", f"--data {moved} --clip {MINIATURE}/../miniature/clip/")
 
 
 def test_a_restart_has_keys_of_its_own(monkeypatch):
@@ -450,28 +360,6 @@ def test_a_restart_has_keys_of_its_own(monkeypatch):
     assert kept.get("3/address") == b"new"
 
 
-@pytest.mark.parametrize(
-    "environment, message",
-    [
-        (dict(RANK="0"), "RANK is set, but WORLD_SIZE, MASTER_ADDR, MASTER_PORT not: start with torchrun"),
-        (dict(SLURM_NTASKS="2"), "SLURM runs 2 tasks, and each would train alone into one folder: start torchrun"),
-    ],
-)
-def test_processes_that_torchrun_did_not_start_are_refused(monkeypatch, environment, message):
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=message):
-        parse_args([])
-
-
-def test_a_setting_that_is_overridden_is_said(capsys):
-    assert parse_args(["--batch-size", "61", "--micro-batch", "16"]).micro_batch == 1
-    assert parse_args(["--random-weights"]).projection == "random"
-    said = capsys.readouterr().err.splitlines()
-    assert said[0].startswith("--micro-batch 16: does not divide the 61 images of a process, so it is 1")
-    assert said[1].startswith("--random-weights: the linear layer starts at random")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Whole processes: torchrun, kills
 
@@ -481,7 +369,8 @@ LONG = "--steps 150 --micro-batch 1 --save-every 20"
 
 def start(command: str, out: Path, lines: int) -> subprocess.Popen:
     """Starts a run in the background and returns once its metrics.jsonl has so many lines."""
-    process = subprocess.Popen(command.split(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(command.split(), cwd=ROOT, start_new_session=True, **pipes)
     deadline, log = time.monotonic() + 120, out / "metrics.jsonl"
     while process.poll() is None and time.monotonic() < deadline:
         if log.exists() and log.read_bytes().count(b"\n") >= lines:
@@ -492,6 +381,43 @@ def start(command: str, out: Path, lines: int) -> subprocess.Popen:
 
 def finish(command: str) -> None:
     subprocess.run(command.split(), cwd=ROOT, check=True, capture_output=True, timeout=300)
+
+
+def faulty(script: Path, fault: str) -> Path:
+    """A script that trains as train.py does, once `fault` has changed something."""
+    script.write_text(
+        f"import os, sys, time; sys.path.insert(0, os.getcwd())\n"
+        f"import data, train\n"
+        f"from harness.errors import one_sentence\n"
+        f"from harness.options import parse_args\n"
+        f"from harness.processes import joined_processes\n"
+        f"{fault}\n"
+        f"with one_sentence('train.py'), joined_processes() as device: train.train(parse_args(), device)\n"
+    )
+    return script
+
+
+def test_a_signal_before_the_first_batch_ends_the_process(tmp_path):
+    """One that waits for images that never come."""
+    fault = "data.decode_crop = lambda *args: print('waits', flush=True) or time.sleep(600)"
+    command = f"{sys.executable} {faulty(tmp_path / 'waits.py', fault)} {SMALL} {tmp_path}/run --workers 2"
+    process = subprocess.Popen(command.split(), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    while process.stdout.readline() != "waits\n":
+        pass
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=20)
+    assert process.returncode == -signal.SIGTERM
+
+
+def test_a_signal_to_all_processes_lets_the_step_end(tmp_path):
+    """As clusters signal; a step of twelve micro-batches needs what reads ahead to its end."""
+    flags = "--steps 1000 --batch-size 24 --micro-batch 2 --states 1 --workers 2"
+    process = start(f"{sys.executable} train.py {SMALL} {tmp_path} {flags}", tmp_path, 1)
+    os.killpg(process.pid, signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, said
+    assert said.splitlines()[-1].endswith("the same command goes on")
+    assert steps_saved(tmp_path) == len(metrics(tmp_path)) >= 1
 
 
 @pytest.fixture(scope="module")
@@ -510,9 +436,8 @@ def test_torchrun_stops_and_goes_on(tmp_path, whole_of_two, name):
     command = f"{TORCHRUN} --signals-to-handle=SIGTERM,SIGINT,SIGUSR1 train.py {SMALL} {out} {LONG}"
     process = start(command, out, 30)
     process.send_signal(signal.Signals[name])
-    began = time.monotonic()
-    said, _ = process.communicate(timeout=30)
-    assert process.returncode != 0 and time.monotonic() - began < 20
+    said, _ = process.communicate(timeout=20)
+    assert process.returncode != 0
     assert said.count(f"train.py: {name}: stopped after") == 1
     assert 30 <= steps_saved(out) == len(metrics(out)) < 150
     if name == "SIGUSR1":  # it goes on in one process
@@ -532,9 +457,8 @@ def test_a_second_interrupt_leaves_at_once(tmp_path):
     time.sleep(0.5)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    began = time.monotonic()
-    process.communicate(timeout=30)
-    assert process.returncode == -signal.SIGINT and time.monotonic() - began < 2
+    process.communicate(timeout=2)
+    assert process.returncode == -signal.SIGINT
 
 
 @pytest.mark.slow
@@ -549,30 +473,27 @@ def test_torchrun_restarts_a_run_that_lost_a_process(tmp_path, whole_of_two):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", ["raise ValueError('a fault of its own')", "return loss(*args) * math.nan"])
-def test_one_process_that_fails_ends_all_and_its_error_is_shown(tmp_path, fault):
+@pytest.mark.parametrize(
+    "fault, words",
+    [
+        ("raise ValueError('a fault of its own')", "[rank1]: ValueError: a fault of its own"),
+        ("return loss(*args) * float('nan')", "(process 1); this step was not taken"),
+    ],
+)
+def test_one_process_that_fails_ends_all_and_its_error_is_shown(tmp_path, fault, words):
     """Process 1 raises, or has a loss that is not finite, at its sixth loss, while process 0 waits for it."""
-    script = tmp_path / "fails.py"
-    script.write_text(
-        "import math, os, sys; sys.path.insert(0, os.getcwd())\n"
-        "import train\n"
-        "from harness.errors import one_sentence\n"
-        "from harness.options import parse_args\n"
-        "from harness.processes import joined_processes\n"
+    fault = (
         "loss, losses = train.denoising_loss, []\n"
         "def fail(*args):\n"
         "    losses.append(1)\n"
         f"    if os.environ['RANK'] == '1' and len(losses) == 6: {fault}\n"
         "    return loss(*args)\n"
-        "train.denoising_loss = fail\n"
-        "with one_sentence('train.py'), joined_processes() as device: train.train(parse_args(), device)\n"
+        "train.denoising_loss = fail"
     )
-    began, command = time.monotonic(), f"{TORCHRUN} {script} {SMALL} {tmp_path}/run {LONG}"
-    done = subprocess.run(command.split(), cwd=ROOT, capture_output=True, text=True, timeout=90)
-    assert done.returncode != 0 and time.monotonic() - began < 60
-    said = "train.py: step 2: the loss is nan" if "nan" in fault else "[rank1]: ValueError: a fault of its own"
-    assert said in done.stderr and "[rank0]: Traceback" not in done.stderr
-    assert "nan" not in fault or "(process 1); this step was not taken" in done.stderr
+    command = f"{TORCHRUN} {faulty(tmp_path / 'fails.py', fault)} {SMALL} {tmp_path}/run {LONG}"
+    done = subprocess.run(command.split(), cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0 and words in done.stderr and "[rank0]: Traceback" not in done.stderr
+    assert "raise" in fault or "train.py: step 2: the loss is nan" in done.stderr
 
 
 @pytest.mark.slow
@@ -585,9 +506,8 @@ def test_sigkill_at_twenty_moments(tmp_path):
         out = tmp_path / f"run{runs}"
         runs += 1
         for _ in range(5):
-            process = start(
-                command.format(out), out, 1 + (len(metrics(out)) if (out / "metrics.jsonl").exists() else 0)
-            )
+            log = out / "metrics.jsonl"
+            process = start(command.format(out), out, 1 + (len(metrics(out)) if log.exists() else 0))
             began = time.time()  # what lies there from an earlier kill is older
 
             def saving() -> bool:
