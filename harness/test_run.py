@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
+import beyond
 import evaluate_mmvp
 import harness.processes
 import harness.run
@@ -169,7 +170,11 @@ def test_a_finished_run_evaluates_once(tmp_path, capsys, monkeypatch):
     two, three = (f"--mmvp {write_mmvp(tmp_path / f'{pairs}', pairs)}" for pairs in (2, 3))
     out = run(tmp_path / "run")
     scores = out / "mmvp" / "scores.json"
-    for mmvp, pairs in ((two, 2), (three, 3), (two, 2)):  # not yet evaluated, or on another benchmark
+    run(out, two)
+    with monkeypatch.context() as patch, pytest.raises(TypeError):
+        patch.setattr(train, "compare", None)  # it dies while it is scored on another benchmark
+        run(out, three)
+    for mmvp, pairs in ((three, 3), (two, 2)):  # not yet evaluated, or on another benchmark
         run(out, mmvp)
         assert json.loads(scores.read_text())["pairs"] == pairs
     before = scores.stat().st_mtime_ns
@@ -235,6 +240,16 @@ def test_shards_that_change_while_they_are_read_are_passed_over(tmp_path, monkey
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What ends a run, and the same command goes on
+
+
+def test_the_linear_layer_is_fitted_once(tmp_path, monkeypatch):
+    fits, flags = [], "--projection fitted --steps 2 --micro-batch 2"
+    monkeypatch.setattr(beyond, "fit_projection", lambda *args: fits.append(args))
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        at_loss(patch, 2, lambda: signal.raise_signal(signal.SIGTERM))
+        run(tmp_path / "run", flags)
+    run(tmp_path / "run", flags)
+    assert steps_saved(tmp_path / "run") == 2 and len(fits) == 1
 
 
 @pytest.mark.parametrize("saves", [1, 3])
