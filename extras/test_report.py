@@ -139,7 +139,7 @@ def test_what_a_run_did_is_said_and_what_is_not_the_papers(tmp_path):
     code = [code, code | {"step": 2, "train.py": "cc"}]
     for said, out in (
         ("the method is DIVA's (arXiv 2407.20171).", write_run(tmp_path / "paper")),
-        ("AdamW; a pull of 0.03 toward", write_run(tmp_path / "miniature", recipe="miniature")),
+        ("--freeze-projection; --pull 0.03", write_run(tmp_path / "miniature", recipe="miniature")),
         ("but for: from step 2 on with another train.py.", write_run(tmp_path / "code", code=code)),
         ("random at the start", write_run(tmp_path / "random", mmvp, random_weights=True)),
     ):
