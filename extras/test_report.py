@@ -20,7 +20,7 @@ from extras import report
 from harness.errors import UserError, one_sentence
 from harness.mmvp import read_mmvp
 from harness.recipes import RECIPES, TYPES
-from harness.scores import verdict
+from harness.scores import interval, mcnemar, verdict
 
 
 def write_mmvp(folder: Path, pairs: int = 2, types=("Color", "Text"), statement: str = "a cat") -> Path:
@@ -115,6 +115,10 @@ def test_the_page_says_what_the_cosines_say(tmp_path, monkeypatch, capsys):
     assert table[-1][3::3] == ["{low:+.1f} … {high:+.1f}".format(**change) for change in changes]
     words = " ".join(verdict(change, 27) for change in changes)
     assert words == page.all("h1")[0] and words in card
+    for change, old, new in zip(changes, *right):  # what evaluate_mmvp.py wrote, beside its parts
+        won, lost = int((new > old).sum()), int((old > new).sum())
+        assert (change["low"], change["high"]) == interval(new.astype(int) - old, [t for t in TYPES for _ in range(3)])
+        assert (change["won"], change["lost"], change["p"]) == (won, lost, mcnemar(won, lost))
     assert all(f"<td>{cell}</td>" in card for row in table for cell in row)
 
     pairs, embeddings = np.nonzero((right[0] != right[1]).T)
