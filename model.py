@@ -69,9 +69,10 @@ class Clip:
 
     def read(self, path: str | Path) -> torch.Tensor:
         """An image file as `preprocess` gives it, (3, s, s). UserError: it cannot be read."""
+        preprocess = self.preprocess  # made here, so that its own faults are not the image's
         try:
             with Image.open(path) as image:
-                return self.preprocess(image)
+                return preprocess(image)
         except Exception as error:  # Pillow raises almost any exception on a broken file
             raise UserError(f"{path}: not a readable image ({brief(error)})") from None
 
