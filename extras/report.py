@@ -149,7 +149,7 @@ def draw_scores(path: Path) -> list[Html]:
     return [*figures, fill("<p>$note</p>", note=note)]
 
 
-def read_scores(path: Path) -> tuple[str, int, list[Html]]:
+def read_scores(path: Path) -> tuple[str, str, list[Html]]:
     """The verdict, on how many pairs, and a table: for each embedding the scores by type before, after, the change."""
     with reading(path):
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -167,7 +167,7 @@ def read_scores(path: Path) -> tuple[str, int, list[Html]]:
         rows = [[fill("<td>$cell</td>", cell=cell) for cell in row] for row in zip(*columns)]
         table = [fill("<tr>$row</tr>\n", row=row) for row in rows]
         verdicts = [verdict(change, content["pairs"]) for change in after["change"]]
-        return " ".join(verdicts), content["pairs"], table
+        return " ".join(verdicts), f"{content['pairs']:,}", table
 
 
 def read_pairs(path: Path) -> list[dict]:
@@ -231,8 +231,8 @@ def report(folder: Path, mmvp: str | None = None) -> dict[Path, Html]:
     words |= dict(folder=folder, verdict="Not scored", table="", pairs="", drawn="")
     if (folder / "mmvp" / "scores.json").exists() and not args["random_weights"]:  # it is written once all is scored
         words["verdict"], count, words["table"] = read_scores(folder / "mmvp" / "scores.json")
-        words["summary"] += f" Scored on {count:,} pairs of {words['mmvp']}; chance is 25."
-        words["pairs"] = show_changes(read_pairs(folder / "mmvp" / "pairs.csv"), mmvp or args["mmvp"])
+        words["summary"] += f" Scored on {count} pairs of {words['mmvp']}; chance is 25."
+        words["pairs"] = show_changes(read_pairs(folder / "mmvp" / "pairs.csv"), mmvp or args["mmvp"] or "")
     if (folder / "mmvp-steps" / "scores.json").exists():
         curves += draw_scores(folder / "mmvp-steps" / "scores.json")
     if (folder / "reconstruct.png").exists():
