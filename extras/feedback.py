@@ -135,7 +135,8 @@ def needles(pairs: Pairs, gradient: torch.Tensor) -> np.ndarray:
 def measure(args, diffusion, conditioner, pairs: Pairs) -> dict:
     """`rows`: of each type and of all the needle, its z, and the score before and after each move of the class tokens.
 
-    z is None for a single pair. `change` is the 95% interval of what all moves change in the score of all.
+    z is None for a single pair, and where all needles are equal. `change` is the 95% interval of what all moves change
+    in the score of all.
     """
     cls, types, rights = pairs.cls, pairs.types, [pairs_right(pairs.cosines(pairs.cls).cpu().numpy())]
     gradient = feedback(args, diffusion, conditioner, pairs, cls, args.seed)

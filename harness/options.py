@@ -78,10 +78,10 @@ def make_parser(recipe: str) -> argparse.ArgumentParser:
     add = parser.add_argument_group("training").add_argument
     add("--steps", type=count, metavar="N", help="optimizer steps (%(default)s)")
     add("--batch-size", type=count, metavar="N", help="images per step, over all processes (%(default)s)")
-    add("--micro-batch", type=count, metavar="N", help="at most so many at once; the rest is accumulated (%(default)s)")
+    add("--micro-batch", type=count, metavar="N", help="so many at once in a process; the rest adds up (%(default)s)")
     add("--lr", type=factor, metavar="X", help="peak learning rate (%(default)s)")
     add("--momentum", type=share, metavar="X", help="of SGD (%(default)s)")
-    add("--warmup", type=share, metavar="X", help="share of steps in which it rises; a cosine follows (%(default)s)")
+    add("--warmup", type=share, metavar="X", help="share of steps in which --lr rises; a cosine follows (%(default)s)")
     add("--max-grad-norm", type=factor, metavar="X", help="gradients are clipped to it; 0: they are not (%(default)s)")
     add("--seed", type=partial(number, int, 0, 2**63 - 1), metavar="N", help="of every random draw (%(default)s)")
     add = parser.add_argument_group("the machine").add_argument

@@ -247,7 +247,7 @@ def plan(args: argparse.Namespace, first_step: int, clip, diffusion, conditioner
     processes, slow, device = dist.get_world_size(), "", diffusion.text.device
     accumulated, tokens = args.batch_size // (args.micro_batch * processes), 1 + conditioner.recap.count
     if device.type == "cpu" and images.size >= 256:
-        slow = f"; slow on a CPU: about {args.batch_size * 5 * (images.size / 512) ** 2:.2g} TFLOP a step"
+        slow = f"; slow on a CPU: about {args.batch_size * 5 * (images.size / 512) ** 2:,.0f} TFLOP a step"
     beyond = beyond_the_paper(vars(args))
     lines = {
         "recipe": f"{args.recipe}, seed {args.seed}" + (", random weights" if args.random_weights else ""),
