@@ -19,7 +19,7 @@ MAY_CHANGE_ON_RESUME = {
 }  # fmt: skip
 EXAMPLES = """
 examples:
-  torchrun train.py                              the miniature: all of it, in six minutes on a CPU
+  torchrun train.py                              the miniature: all of it, in six to seven minutes on a CPU
   torchrun --nproc_per_node 8 train.py --recipe openai-vit-l-14-224 --data 'cc3m/*.tar' --mmvp MMVP/MMVP_VLM
   python train.py --recipe openai-vit-l-14-224 --data photos --clip ViT-B-16:openai --recap random:30% --join mean
 
