@@ -231,8 +231,9 @@ def report(folder: Path, mmvp: str | None = None) -> dict[Path, Html]:
     words |= dict(folder=folder, verdict="Not scored", table="", pairs="", drawn="")
     if (folder / "mmvp" / "scores.json").exists() and not args["random_weights"]:  # it is written once all is scored
         words["verdict"], count, words["table"] = read_scores(folder / "mmvp" / "scores.json")
-        words["summary"] += f" Scored on {count} pairs of {words['mmvp']}; chance is 25."
-        words["pairs"] = show_changes(read_pairs(folder / "mmvp" / "pairs.csv"), mmvp or args["mmvp"] or "")
+        benchmark = words["mmvp"] or "a benchmark that the run does not name"  # it was scored by hand
+        words["summary"] += f" Scored on {count} pairs of {benchmark}; chance is 25."
+        words["pairs"] = show_changes(read_pairs(folder / "mmvp" / "pairs.csv"), mmvp or args["mmvp"] or benchmark)
     if (folder / "mmvp-steps" / "scores.json").exists():
         curves += draw_scores(folder / "mmvp-steps" / "scores.json")
     if (folder / "reconstruct.png").exists():
