@@ -1,7 +1,7 @@
 """What DIVA does not do, and what its feedback was found to need on the miniature. Off in the paper's recipes.
 
 To read the paper, skip this file. Here is what makes the default run work, and what its gain of 14.4 ± 0.8 points of
-`cls` becomes without it (3,600 pairs, the mean of five seeds, of two in the table; miniature/README.md):
+`cls` becomes without it (3,600 pairs, mean of five seeds; below, of two; miniature/README.md):
 
     beyond the paper                                          as in the paper                              gain
     the linear layer is fitted to texts (`fit_projection`)    it starts at random, and is trained along    +0.2

@@ -19,7 +19,7 @@ MAY_CHANGE_ON_RESUME = {
 }  # fmt: skip
 EXAMPLES = """
 examples:
-  torchrun train.py                              the miniature: all of it, in six to seven minutes on a CPU
+  torchrun train.py                              the miniature: all of it, in six to eight minutes on a CPU
   torchrun --nproc_per_node 8 train.py --recipe openai-vit-l-14-224 --data 'cc3m/*.tar' --mmvp MMVP/MMVP_VLM
   python train.py --recipe openai-vit-l-14-224 --data photos --clip ViT-B-16:openai --recap random:30% --join mean
 
@@ -78,7 +78,7 @@ def make_parser(recipe: str) -> argparse.ArgumentParser:
     add = parser.add_argument_group("training").add_argument
     add("--steps", type=count, metavar="N", help="optimizer steps (%(default)s)")
     add("--batch-size", type=count, metavar="N", help="images per step, over all processes (%(default)s)")
-    add("--micro-batch", type=count, metavar="N", help="so many at once in a process; the rest adds up (%(default)s)")
+    add("--micro-batch", type=count, metavar="N", help="images at once per process; gradients add up (%(default)s)")
     add("--lr", type=factor, metavar="X", help="peak learning rate (%(default)s)")
     add("--momentum", type=share, metavar="X", help="of SGD (%(default)s)")
     add("--warmup", type=share, metavar="X", help="share of steps in which --lr rises; a cosine follows (%(default)s)")
