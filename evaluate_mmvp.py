@@ -38,8 +38,8 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from condition import visual_tokens
-from harness.errors import UserError, fail, one_sentence
-from harness.files import check_writable, write_whole
+from harness.errors import UserError, exit_on_user_error, usage_error
+from harness.files import check_writable, write_atomically
 from harness.mmvp import Pair, read_mmvp
 from harness.recipes import BASELINES, RECIPES, TYPES, locate_clip, recipe_of, split_weights
 from harness.scores import average, draws_in_words, paired_change, scores, table, type_names, verdict
@@ -110,7 +110,7 @@ def similarities(
     with torch.inference_mode(), no_tf32, bar, ThreadPoolExecutor() as pool:  # a GPU encodes faster than one core reads
         for start in range(0, len(pairs), per_batch):
             batch = pairs[start : start + per_batch]
-            images = torch.stack(list(pool.map(clip.read, [path for pair in batch for path in pair.images]))).to(device)
+            images = torch.stack(list(pool.map(clip.preprocess_file, [path for pair in batch for path in pair.images]))).to(device)
             statements = ["a photo of " + statement for pair in batch for statement in pair.statements]
             texts = model.encode_text(tokenizer(statements).to(device), normalize=True).unflatten(0, (-1, 2))
             cls, local = visual_tokens(model.visual, images)  # (B, D), (B, P, D)
@@ -187,7 +187,7 @@ def save_scores(folder: Path, names, cosines, rights, changes, draws, pairs: lis
     for clip, averages in zip(clips, draws):
         clip["released"] = averages  # one for each draw; none without --released
     content = json.dumps(dict(pairs=len(pairs), clips=clips), indent=2) + "\n"
-    write_whole(folder / "scores.json", content)  # last: it says that the run was evaluated
+    write_atomically(folder / "scores.json", content)  # last: it says that the run was evaluated
 
 
 def main() -> None:
@@ -196,7 +196,7 @@ def main() -> None:
         epilog="A CLIP is a recipe, ARCH:TAG of open_clip, hf-hub:OWNER/NAME, or a folder saved by a run. CLIP@WEIGHTS "
         "is one with the weights of a file in place of its own. Recipes: " + ", ".join(RECIPES) + ".",
     )
-    parser.error = fail
+    parser.error = usage_error
     parser.add_argument("clips", nargs="+", metavar="CLIP", help="the CLIPs to evaluate")
     mmvp = "the hub's data set, or a folder (default: MMVP/MMVP_VLM, or a recipe's own)"
     parser.add_argument("--mmvp", metavar="PATH", help=mmvp)
@@ -231,5 +231,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with one_sentence("evaluate_mmvp.py"):
+    with exit_on_user_error("evaluate_mmvp.py"):
         main()

@@ -1,6 +1,6 @@
-"""CLIP θ, which is trained, and the diffusion model φ, which judges it: how they are loaded, used and saved.
+"""CLIP θ, which is trained, and the diffusion model φ, which judges it: loading, using and saving them.
 
-What their files hold is read by harness/weights.py (CLIP's) and harness/pretrained.py (φ's), to the last weight.
+harness/weights.py (CLIP) and harness/pretrained.py (φ) read their files, and refuse missing or unexpected weights.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from open_clip.push_to_hf_hub import save_config_for_hf
 from open_clip.transform import PreprocessCfg, image_transform_v2
-from PIL import Image
 from safetensors.torch import save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from transformers import AutoTokenizer, CLIPTextModel
 
-from harness.errors import UserError, brief
+from condition import visual_tokens
+from harness.errors import UserError
+from harness.pictures import read_image
 from harness.pretrained import check_kind, clip_options, load_part, load_tokenizer, loading, random_diffusion
 from harness.recipes import SD21, SD21_MIRROR, check_diffusion
 from harness.weights import replace_weights
@@ -31,17 +33,17 @@ from harness.weights import replace_weights
 
 @dataclass
 class Clip:
-    """A CLIP of open_clip with what belongs to it.
+    """A CLIP of open_clip and what belongs to it.
 
-    `source` is what open_clip calls it (an architecture, `hf-hub:…` or `local-dir:…`), `config` its `model_cfg`,
-    `num_patches` the number P of local tokens that its vision tower gives.
+    `source` is its name in open_clip (an architecture, `hf-hub:…` or `local-dir:…`), `config` its `model_cfg`,
+    `num_patches` the number P of its local tokens.
     """
 
     model: torch.nn.Module
     source: str
     config: dict
     num_patches: int
-    tokenizer_error: str = ""  # why it could not be loaded, once that is known: asking a hub in vain takes long
+    tokenizer_error: str = ""  # why the tokenizer could not be loaded; kept, since a failed lookup on the hub is slow
 
     @property
     def image_size(self) -> int:
@@ -49,35 +51,30 @@ class Clip:
         return self.model.visual.preprocess_cfg["size"][0]
 
     @functools.cached_property
-    def normalisation(self) -> torch.Tensor:
-        """Its mean and its standard deviation, (2, 3, 1, 1); cached, since a GPU would wait for a copy in each step."""
+    def mean_std(self) -> torch.Tensor:
+        """Its pixels' mean and standard deviation, (2, 3, 1, 1); cached, since copying them would make a GPU wait."""
         cfg = self.model.visual.preprocess_cfg
         return torch.tensor([cfg["mean"], cfg["std"]], device=self.model.logit_scale.device)[..., None, None]
 
-    def prepare(self, images: torch.Tensor) -> torch.Tensor:
-        """Pixels in [0, 1] (B, 3, S, S) → CLIP's input (B, 3, s, s): bicubic, antialiased, its own normalisation."""
+    def preprocess_batch(self, images: torch.Tensor) -> torch.Tensor:
+        """For training: pixels in [0, 1] (B, 3, S, S) → CLIP's input (B, 3, s, s); bicubic, antialiased, normalized."""
         size = self.image_size
         if images.shape[-1] != size:
             images = F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
-        mean, std = self.normalisation
+        mean, std = self.mean_std
         return (images - mean) / std
 
     @functools.cached_property
-    def preprocess(self):
-        """CLIP's own evaluation transform, a PIL image → (3, s, s)."""
+    def preprocess_image(self):
+        """For evaluation: open_clip's own transform of this CLIP, a PIL image → (3, s, s)."""
         return image_transform_v2(PreprocessCfg(**self.model.visual.preprocess_cfg), is_train=False)
 
-    def read(self, path: str | Path) -> torch.Tensor:
-        """An image file as `preprocess` gives it, (3, s, s). UserError: it cannot be read."""
-        preprocess = self.preprocess  # made here, so that its own faults are not the image's
-        try:
-            with Image.open(path) as image:
-                return preprocess(image)
-        except Exception as error:  # Pillow raises almost any exception on a broken file
-            raise UserError(f"{path}: not a readable image ({brief(error)})") from None
+    def preprocess_file(self, path: str | Path) -> torch.Tensor:
+        """For evaluation: an image file → (3, s, s). UserError: it is not a readable image."""
+        return self.preprocess_image(read_image(path))
 
     def tokenizer(self):
-        """Its tokenizer. SigLIP's comes from a hub, so call this only where there is text to read.
+        """Its tokenizer. SigLIP's comes from the hub, so call this only if there is text to read.
 
         Raises:
             UserError: it cannot be loaded; `tokenizer_error` then says why.
@@ -90,9 +87,9 @@ class Clip:
         raise UserError(self.tokenizer_error)
 
     def save(self, folder: Path) -> None:
-        """Writes the whole CLIP into `folder`, which open_clip loads with `local-dir:`: config, weights, tokenizer.
+        """Writes the whole CLIP to `folder`, which open_clip loads as `local-dir:…`: config, weights, tokenizer.
 
-        A tokenizer that cannot be had is left out; `tokenizer_error` then says why.
+        A tokenizer that cannot be loaded is omitted; `tokenizer_error` then says why.
         """
         weights = {key: value.contiguous() for key, value in self.model.state_dict().items()}
         save_file(weights, folder / "open_clip_model.safetensors")
@@ -103,49 +100,47 @@ class Clip:
 
 
 def load_clip(name: str, random_weights: bool = False, device: str = "cpu") -> Clip:
-    """Loads a CLIP in fp32, in eval mode, on `device`: a recipe's, ARCH:TAG, hf-hub:OWNER/NAME, or a saved folder.
+    """Loads a CLIP in fp32 and eval mode: a recipe's, ARCH:TAG of open_clip, hf-hub:OWNER/NAME, or a saved folder.
 
-    CLIP@WEIGHTS is that CLIP, loaded first, with the weights of a file in place of its own (harness/weights.py). ARCH
-    alone has none of its own: ARCH@WEIGHTS needs a whole CLIP in the file, and has open_clip's default preprocessing.
+    CLIP@WEIGHTS is that CLIP with its weights loaded from WEIGHTS (harness/weights.py). ARCH@WEIGHTS needs a whole CLIP
+    in the file, and uses open_clip's default preprocessing.
 
-    With `random_weights` the same architecture and preprocessing with seeded random weights, nothing downloaded for a
-    built-in one; `device="meta"` then keeps only its shapes.
+    With `random_weights`, the same architecture and preprocessing with seeded random weights; a built-in architecture
+    then downloads nothing. On `device="meta"` only its shapes are kept.
 
     Raises:
-        UserError: it cannot be loaded, or its vision tower has no class token and local tokens to give.
+        UserError: it cannot be loaded, or its vision tower has no sequence of local tokens.
     """
     source, options, files = clip_options(name, random_weights)
     torch.manual_seed(0)  # every process draws the same random weights
     with loading(f"CLIP {name}"):
         model = open_clip.create_model(source, device=device, **options).eval()
         config = open_clip.get_model_config(source)
-        clip = Clip(model, source, config, count_patches(model.visual))
+    clip = Clip(model, source, config, count_patches(model.visual, source))
     for i, file in enumerate(files):
         whole = i == 0 and "pretrained" not in options  # it must hold both towers
         replace_weights(model, file, whole)
     if options.get("force_quick_gelu"):
         config["quick_gelu"] = True
     if random_weights and ":" not in source and config["text_cfg"].get("hf_tokenizer_name"):
-        clip.tokenizer_error = "random weights have none, and a hub is not asked"
+        clip.tokenizer_error = "no tokenizer with --random-weights, which does not ask the hub"
     return clip
 
 
-def count_patches(visual: torch.nn.Module) -> int:
-    """P, the number of local tokens of a vision tower of open_clip.
+def count_patches(visual: torch.nn.Module, name: str) -> int:
+    """P, the number of local tokens of a vision tower of open_clip, from their shapes alone: nothing is computed.
 
     Raises:
-        UserError: it is neither a ViT that pools by class token nor a timm tower that pools by attention.
+        UserError: its tokens are not (B, D) and (B, P, D), as for convolutional towers and CoCa.
     """
-    if getattr(visual, "pool_type", None) == "tok" and visual.attn_pool is None and not visual.final_ln_after_pool:
-        return visual.grid_size[0] * visual.grid_size[1]
-    trunk = getattr(visual, "trunk", None)
-    if (
-        getattr(trunk, "attn_pool", None) is not None
-        and isinstance(trunk.head, torch.nn.Identity)
-        and not len(visual.head)
-    ):
-        return trunk.patch_embed.num_patches
-    raise UserError("this vision tower is neither a ViT with a class token nor a timm one that pools by attention")
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            cls, local = visual_tokens(visual, torch.empty(1, 3, *visual.preprocess_cfg["size"]))
+        if cls.ndim == 2 and local.ndim == 3 and cls.shape[-1] == local.shape[-1]:
+            return local.shape[1]
+    except Exception:  # open_clip and timm raise many kinds
+        pass
+    raise UserError(f"{name}: its vision tower gives no class token with a sequence of local tokens of the same width")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -154,17 +149,17 @@ def count_patches(visual: torch.nn.Module) -> int:
 
 @dataclass
 class Diffusion:
-    """A frozen Stable Diffusion; its text encoder is dropped once it has embedded the one text.
+    """A frozen Stable Diffusion. Its text encoder is freed once it has embedded the one text.
 
-    `alphas_cumprod` (T,) fp32 is ᾱ; `prediction_type` "epsilon" or "v_prediction"; `text` (1, L, W) the embedding of
-    the text; W is the width of the U-Net's cross-attention.
+    `alphas_cumprod` (T,) fp32 is ᾱ; `prediction_type` is "epsilon" or "v_prediction"; `text_embedding` is (1, L, W),
+    where W is the width of the U-Net's cross-attention.
     """
 
     vae: torch.nn.Module
     unet: torch.nn.Module
     alphas_cumprod: torch.Tensor
     prediction_type: str
-    text: torch.Tensor
+    text_embedding: torch.Tensor
 
     @property
     def downsampling(self) -> int:
@@ -173,11 +168,11 @@ class Diffusion:
 
     @property
     def image_size(self) -> int:
-        """The side S of its own images in pixels (512 for 2.1-base)."""
+        """The side S of its images in pixels (512 for 2.1-base)."""
         return self.unet.config.sample_size * self.downsampling
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """Pixels in [0, 1], (B, 3, S, S) → latents z, (B, 4, S/8, S/8) fp32: the distribution's mean, scaled."""
+        """Pixels in [0, 1] (B, 3, S, S) → latents z (B, 4, S/8, S/8) fp32: the posterior's mean, scaled."""
         posterior = self.vae.encode((2 * images - 1).to(self.vae.dtype)).latent_dist
         return posterior.mean.float() * self.vae.config.scaling_factor
 
@@ -185,8 +180,8 @@ class Diffusion:
 def load_diffusion(name: str, text: str, dtype: torch.dtype, device, random_weights: bool = False) -> Diffusion:
     """Loads a Stable Diffusion 1.x or 2.x in diffusers' layout (hub name or folder), frozen, in eval mode, in `dtype`.
 
-    With `random_weights` nothing is downloaded: the architecture of a folder, else that of 2.1-base, with seeded
-    weights, and a drawn embedding in place of the text's.
+    With `random_weights` nothing is downloaded: the architecture is that of a folder, otherwise that of 2.1-base, with
+    seeded weights and a random text embedding.
 
     Raises:
         UserError: it cannot be loaded, or is of another kind.
@@ -195,22 +190,22 @@ def load_diffusion(name: str, text: str, dtype: torch.dtype, device, random_weig
     with loading(f"diffusion model {name}", f"; the same weights: --diffusion {SD21_MIRROR}" if name == SD21 else ""):
         if random_weights:
             vae, unet, scheduler, embedding = random_diffusion(name, dtype, device)
-        else:  # in this order, so that what is wrong shows before the large parts are read
+        else:  # the small parts first, so that mistakes show before the large ones are read
             scheduler = DDPMScheduler.from_pretrained(name, subfolder="scheduler")
             embedding = embed_texts(name, [text], device)
             vae = load_part(AutoencoderKL, name, "vae", torch_dtype=dtype)
             unet = load_part(UNet2DConditionModel, name, "unet", torch_dtype=dtype)
     predicts = scheduler.config.prediction_type
     check_kind(name, vae, unet, predicts)
-    for module in (vae, unet):  # Alg. 1, line 6: φ never changes; none of its weights takes a gradient
+    for module in (vae, unet):  # Alg. 1, line 6: φ never changes
         module.requires_grad_(False).eval().to(device)
     return Diffusion(vae, unet, scheduler.alphas_cumprod.float().to(device), predicts, embedding.float().to(device))
 
 
 def embed_texts(name: str, texts: list[str], device="cpu", end_only: bool = False) -> torch.Tensor:
-    """Texts' states after the final LayerNorm, (n, L, W), or that of the end token alone, (n, W).
+    """Embeddings of texts after the text encoder's final LayerNorm, (n, L, W), or of their end tokens alone, (n, W).
 
-    The text encoder leaves memory when this returns.
+    The text encoder is freed on return.
     """
     tokenizer = AutoTokenizer.from_pretrained(name, subfolder="tokenizer", trust_remote_code=False)
     encoder = load_part(CLIPTextModel, name, "text_encoder", dtype=torch.float32).eval().to(device)
@@ -218,14 +213,14 @@ def embed_texts(name: str, texts: list[str], device="cpu", end_only: bool = Fals
     tokens = tokenizer(texts, padding="max_length", max_length=length).input_ids
     longest = max(len(ids) for ids in tokens)
     if longest > length:
-        raise UserError(f"--text: has {longest} tokens with its start and end, and this text encoder reads {length}")
+        raise UserError(f"--text: must have at most {length} tokens with its start and end, not {longest}")
     tokens = torch.tensor(tokens, device=device)
-    embedded = []
+    embeddings = []
     with torch.no_grad():
         for ids in tokens.split(64):
-            states = encoder(ids).last_hidden_state  # (b, L, W)
+            hidden = encoder(ids).last_hidden_state  # (b, L, W)
             if end_only:
-                end = (ids == tokenizer.eos_token_id).int().argmax(1)  # its first place
-                states = states[torch.arange(len(ids), device=device), end]  # (b, W)
-            embedded.append(states)
-    return torch.cat(embedded)
+                end = (ids == tokenizer.eos_token_id).int().argmax(1)  # its first position
+                hidden = hidden[torch.arange(len(ids), device=device), end]  # (b, W)
+            embeddings.append(hidden)
+    return torch.cat(embeddings)

@@ -46,7 +46,7 @@ from harness import scores
 from harness.errors import Stopped, UserError
 from harness.options import parse_args
 from harness.pretrained import quiet
-from harness.processes import joined_processes
+from harness.processes import process_group
 from harness.recipes import BASELINES, MINIATURE, RECIPES, TYPES, beyond_the_paper, locate_clip
 
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
@@ -121,7 +121,7 @@ def test_every_recipe_has_the_papers_tokens():
 
 def test_recap_is_uniform_and_without_replacement():
     rngs = [np.random.default_rng(i) for i in range(4000)]
-    patches = condition.draw_patches(Recap("random", 20, 5), 2, rngs).numpy()  # (images, states, K)
+    patches = condition.draw_patch_indices(Recap("random", 20, 5), 2, rngs).numpy()  # (images, states, K)
     assert patches.shape == (4000, 2, 5)
     assert all(len(set(state)) == 5 for image in patches for state in image)
     counts = np.bincount(patches.ravel(), minlength=20)  # each of 20 patches: 8,000 draws of 5 of 20
@@ -162,7 +162,7 @@ def written_out(clip, diffusion, conditioner, recap: str, images, latents, drawn
             else:
                 tokens = list(local) if recap == "all" else []
             tokens = torch.stack([cls, *tokens]) @ linear.weight.T + linear.bias
-            text = diffusion.text[0]
+            text = diffusion.text_embedding[0]
             c = tokens + (text.mean(0) if conditioner.join == "mean" else text)
             alpha_bar = torch.prod(1 - beta[: t + 1])
             z, noise = latents[b], drawn["noise"][b, n]
@@ -195,19 +195,19 @@ def test_loss_and_gradients_are_algorithm_1(clips, tmp_path, case):
     torch.manual_seed(3)
     conditioner = condition.VisualCondition(clip, diffusion, parsed, join)
     pixels = torch.rand(2, 3, 32, 32)
-    images, latents = clip.prepare(pixels), diffusion.encode(pixels)
+    images, latents = clip.preprocess_batch(pixels), diffusion.encode(pixels)
     rngs = train.image_rngs(4, [(0, 0), (0, 1)])
     timesteps, noise = train.draw_states((3, *latents.shape[1:]), 0, 1000, rngs)
-    patches = condition.draw_patches(parsed, 3, rngs)
+    patches = condition.draw_patch_indices(parsed, 3, rngs)
 
-    c, _ = conditioner(images, diffusion.text, patches)
+    c, _ = conditioner(images, diffusion.text_embedding, patches)
     loss = train.denoising_loss(diffusion, latents, c, timesteps, noise)
     loss.backward()
     gradients = {k: p.grad.double() for k, p in conditioner.named_parameters()}
 
     conditioner.double().zero_grad()
     diffusion.unet.double()
-    diffusion.text = diffusion.text.double()
+    diffusion.text_embedding = diffusion.text_embedding.double()
     drawn = dict(timesteps=timesteps, noise=noise.double(), patches=patches)
     expected = written_out(clip.model, diffusion, conditioner, recap, images.double(), latents.double(), drawn)
     expected.backward()
@@ -225,7 +225,7 @@ def test_condition_in_bf16_is_near_fp32():
         torch.manual_seed(5)
         conditioner = condition.VisualCondition(clip, diffusion, parse_recap("all", 64), "mean")
         pixels, noise, t = torch.rand(4, 3, 64, 64), torch.randn(4, 2, 4, 8, 8), torch.randint(0, 1000, (4, 2))
-        c, _ = conditioner(clip.prepare(pixels), diffusion.text)
+        c, _ = conditioner(clip.preprocess_batch(pixels), diffusion.text_embedding)
         losses.append(train.denoising_loss(diffusion, diffusion.encode(pixels), c, t, noise))
         assert losses[-1].dtype == torch.float32 and diffusion.unet.dtype == diffusion.vae.dtype == dtype
         losses[-1].backward()
@@ -242,7 +242,7 @@ def test_text_embedding_and_latents_are_diffusers():
     parts = {name: part.from_pretrained(folder, subfolder=name) for name, part in parts.items()}
     nothing = dict(scheduler=None, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     pipe = StableDiffusionPipeline(**parts, **nothing).to(torch.float32)
-    torch.testing.assert_close(diffusion.text, pipe.encode_prompt("the red house", "cpu", 1, False)[0])
+    torch.testing.assert_close(diffusion.text_embedding, pipe.encode_prompt("the red house", "cpu", 1, False)[0])
     pixels = torch.rand(2, 3, 32, 32)
     moments = pipe.vae.quant_conv(pipe.vae.encoder(pixels * 2 - 1))
     scale = json.loads((folder / "vae" / "config.json").read_text())["scaling_factor"]
@@ -254,7 +254,7 @@ def test_clip_prepares_images_as_its_own_preprocessing_does():
     clip, image = model.load_clip("miniature"), picture(150)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
     std = torch.tensor(clip.model.visual.preprocess_cfg["std"])[:, None, None]
-    difference = (clip.prepare(pixels)[0] - clip.preprocess(image)) * std * 255
+    difference = (clip.preprocess_batch(pixels)[0] - clip.preprocess_image(image)) * std * 255
     assert difference.abs().max() < 5  # Pillow rounds and cuts off twice, after rows and after columns
 
 
@@ -321,7 +321,7 @@ def test_draws_depend_on_seed_step_and_position_alone(tmp_path):
             for batch in data.read_batches(images, keys, workers, CPU):
                 rngs = train.image_rngs(seed, batch["keys"])
                 timesteps, noise = train.draw_states((2, 4, 8, 8), 0, 1000, rngs)
-                patches = condition.draw_patches(Recap("random", 64, 19), 2, rngs)
+                patches = condition.draw_patch_indices(Recap("random", 64, 19), 2, rngs)
                 for i, key in enumerate(batch["keys"]):
                     items[key] = [batch["images"][i], timesteps[i], noise[i], patches[i]]
         return items
@@ -382,8 +382,8 @@ def test_steps_are_clipped_sgd_with_momentum_and_nothing_else_moves(tmp_path, mo
         rngs = train.image_rngs(args.seed, batch["keys"])
         latents = diffusion.encode(batch["images"])
         timesteps, noise = train.draw_states((2, *latents.shape[1:]), 0, 1000, rngs)
-        patches = condition.draw_patches(conditioner.recap, 2, rngs)
-        c, _ = conditioner(clip.prepare(batch["images"]), diffusion.text, patches)
+        patches = condition.draw_patch_indices(conditioner.recap, 2, rngs)
+        c, _ = conditioner(clip.preprocess_batch(batch["images"]), diffusion.text_embedding, patches)
         loss = train.denoising_loss(diffusion, latents, c, timesteps, noise)
         conditioner.zero_grad()
         loss.backward()
@@ -448,7 +448,7 @@ def test_the_saved_clip_is_open_clips(clips, tmp_path, name):
     reloaded, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}")
     texts, image = ["a photo of the red house", "blue"], picture(50)
     tokens, pixels = open_clip.get_tokenizer(f"local-dir:{tmp_path}")(texts), preprocess(image)
-    assert torch.equal(tokens, clip.tokenizer()(texts)) and torch.equal(pixels, clip.preprocess(image))
+    assert torch.equal(tokens, clip.tokenizer()(texts)) and torch.equal(pixels, clip.preprocess_image(image))
     reloaded.eval()
     with torch.no_grad():
         assert torch.equal(reloaded.encode_image(pixels[None]), clip.model.encode_image(pixels[None]))
@@ -479,7 +479,7 @@ def test_a_fitted_projection_carries_class_tokens_to_the_states_of_texts():
 
 def test_the_pull_is_the_distance_to_the_untouched_clip(tmp_path):
     clip, images = model.load_clip("miniature"), torch.randn(4, 3, 64, 64)
-    pull, untouched = beyond.Pull(clip, 3), clip.model.encode_image(images)
+    pull, untouched = beyond.Ldifs(clip, 3), clip.model.encode_image(images)
     cls, _ = condition.visual_tokens(clip.model.visual, images)
     assert pull(cls, images) < 1e-9  # with and without gradients, attention may round differently
     with torch.no_grad():
@@ -489,7 +489,7 @@ def test_the_pull_is_the_distance_to_the_untouched_clip(tmp_path):
     assert pull(cls, images).item() == pytest.approx(expected, rel=1e-5)
     moved = []
     for strength in (0, 1):
-        tower = model.load_clip(f"{run(tmp_path / f'{strength}', f'--pull {strength}')}/clip").model.visual
+        tower = model.load_clip(f"{run(tmp_path / f'{strength}', f'--ldifs {strength}')}/clip").model.visual
         moved.append(float((tower(images) - untouched).detach().square().mean()))
     assert 0 < moved[1] < moved[0]
 
@@ -599,7 +599,7 @@ def test_intervals_and_p_values():
 
 ROOT = Path(__file__).parent
 SMALL = "--recap random:30% --join mean --timesteps 0:1000 --projection random --projection-steps 0 --optimizer sgd "
-SMALL += "--seed 0 --no-freeze-projection --lr 0.01 --pull 0 --states 2 "
+SMALL += "--seed 0 --no-freeze-projection --lr 0.01 --ldifs 0 --states 2 "
 SMALL += "--steps 3 --batch-size 4 --micro-batch 4 --workers 0 --mmvp none --out"
 TORCHRUN = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node=2"
 
@@ -640,7 +640,7 @@ def settings(out: str | Path, flags: str = "") -> argparse.Namespace:
 
 def run(out: Path, flags: str = "") -> Path:
     """A small run of the miniature in this process, into `out`."""
-    with joined_processes() as device:
+    with process_group() as device:
         train.train(settings(out, flags), device)
     return out
 

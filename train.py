@@ -1,20 +1,20 @@
 """DIVA, "Diffusion Feedback Helps CLIP See Better" (arXiv 2407.20171): Algorithm 1 in a plain DDP loop.
 
-    torchrun train.py                                  # the miniature
+    python train.py                                    # the miniature, on a CPU
     torchrun --nproc_per_node 8 train.py --recipe openai-vit-l-14-224 --data 'cc3m/*.tar' --mmvp MMVP/MMVP_VLM
-    python train.py ...                                # the same, one process
 
-The lines of Algorithm 1 stand in the comments. The loop is `algorithm_1`: start there.
+Start at `algorithm_1`: its comments number the lines of Algorithm 1.
 """
 
-from harness.errors import UserError, one_sentence
+from harness.errors import UserError, exit_on_user_error
 from harness.options import less_memory, parse_args
 
-if __name__ == "__main__":  # before the imports below, which take seconds: a mistyped argument is answered at once
-    with one_sentence("train.py"):
+if __name__ == "__main__":  # before the imports that take seconds, so that --help and a typo are answered at once
+    with exit_on_user_error("train.py"):
         args = parse_args()
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,43 +23,69 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import beyond
-from condition import VisualCondition, draw_patches, parse_recap
-from data import STATES, TrainingImages, batch_keys, fingerprint, open_images, read_batches
+from condition import Recap, VisualCondition, draw_patch_indices, parse_recap
+from data import TrainingImages, image_rngs, micro_batch_keys, open_images, read_batches
 from evaluate_mmvp import compare, similarities
 from harness.mmvp import read_mmvp
-from harness.processes import copy_to, joined_processes, main_first
-from harness.recipes import parse_timesteps
+from harness.processes import copy_to_device, process_group, rank_zero_first
 from harness.run import Run
 from model import Clip, Diffusion, load_clip, load_diffusion
 
 
-def image_rngs(seed: int, keys: list[tuple[int, int]]) -> list[np.random.Generator]:
-    """A generator for each image. What an image draws depends on seed, step and its place in the batch alone."""
-    return [np.random.default_rng((STATES, seed, step, position)) for step, position in keys]
+@dataclass(frozen=True)
+class Draws:
+    """What is drawn at random for each image: the patches of its recap, its timesteps and its noise."""
+
+    seed: int
+    recap: Recap
+    states: int  # N, the noisy states of an image
+    timesteps: range  # t is uniform over these; the paper takes the whole schedule, range(1000)
+
+
+@dataclass
+class Stage:
+    """One call of the loop. The paper has one stage; GenHancer and DCR have two (see beyond.py)."""
+
+    optimizer: torch.optim.Optimizer  # holds the parameters that are trained in this stage
+    step_range: range
+    max_lr: float
+    warmup: float  # share of the steps
+    accumulation: int  # micro-batches per step and process
+    max_grad_norm: float  # 0: no clipping
+    penalty: beyond.Ldifs | None = None  # not in the paper
 
 
 def draw_states(
-    shape: tuple[int, ...], low: int, high: int, rngs: list[np.random.Generator]
+    draws: Draws, shape: tuple[int, ...], rngs: list[np.random.Generator], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Algorithm 1, line 4: t ~ U{low … high − 1}, (B, N) int64, and ε ~ N(0, I), (B, N, 4, h, w) fp32.
+    """Algorithm 1, line 4: timesteps t ~ U (B, N) int64, and noise ε ~ N(0, I) (B, N, 4, h, w) fp32.
 
-    `shape` is that of one image's noise, (N, 4, h, w). The paper draws t from the whole schedule: 0 and 1000.
+    `shape` is that of one latent, (4, h, w); `rngs` has one generator per image. NumPy draws on the CPU, so that a GPU
+    run draws the same numbers as a CPU run.
     """
-    timesteps = np.stack([rng.integers(low, high, shape[0]) for rng in rngs])
-    noise = np.stack([rng.standard_normal(shape, dtype=np.float32) for rng in rngs])
-    return torch.from_numpy(timesteps), torch.from_numpy(noise)
+    timesteps = [rng.integers(draws.timesteps.start, draws.timesteps.stop, draws.states) for rng in rngs]
+    noise = [rng.standard_normal((draws.states, *shape), dtype=np.float32) for rng in rngs]
+    return copy_to_device(np.stack(timesteps), device), copy_to_device(np.stack(noise), device)
 
 
 def denoising_loss(
     diffusion: Diffusion, latents: torch.Tensor, condition: torch.Tensor, timesteps: torch.Tensor, noise: torch.Tensor
 ) -> torch.Tensor:
-    """Algorithm 1, lines 4 and 5 (Eq. 3): how badly φ denoises images with c as condition.
+    """Algorithm 1, lines 4 and 5 (Eq. 3): the mean squared error of φ's noise prediction under the condition c.
 
-    The N states are an axis, folded into the batch for the U-Net. latents z (B, 4, h, w); condition c (B, N, L, W), or
-    (B, 1, L, W) for all states; timesteps t (B, N); noise ε (B, N, 4, h, w) → L, a scalar; all but t in fp32.
+    The N states are an axis, which is folded into the batch for the U-Net.
+
+    Args:
+        latents: z, (B, 4, h, w) fp32.
+        condition: c, (B, N, L, W), or (B, 1, L, W) if the states share it.
+        timesteps: t, (B, N) int64.
+        noise: ε, (B, N, 4, h, w) fp32.
+
+    Returns:
+        L, a scalar in fp32.
     """
     alpha_bar = diffusion.alphas_cumprod[timesteps][..., None, None, None]  # ᾱ_t, (B, N, 1, 1, 1)
-    latents = latents[:, None]  # the same z for all states, (B, 1, 4, h, w)
+    latents = latents[:, None]  # (B, 1, 4, h, w), shared by the states
     noisy_latents = alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * noise  # Alg. 1, line 4: z_t
     condition = condition.expand(-1, noise.shape[1], -1, -1)  # (B, N, L, W)
     dtype = diffusion.unet.dtype
@@ -67,76 +93,69 @@ def denoising_loss(
         noisy_latents.flatten(0, 1).to(dtype), timesteps.flatten(), condition.flatten(0, 1).to(dtype)
     ).sample.float()  # ε_φ(z_t, t, c), (B · N, 4, h, w)
     target = noise
-    if diffusion.prediction_type == "v_prediction":  # not the paper's: its squared error is that of ε over ᾱ_t
+    if diffusion.prediction_type == "v_prediction":  # not in the paper; its squared error is that of ε over ᾱ_t
         target = alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * latents
-    return F.mse_loss(noise_pred, target.flatten(0, 1))  # Alg. 1, line 5: L, a mean over elements too
+    return F.mse_loss(noise_pred, target.flatten(0, 1))  # Alg. 1, line 5: L, averaged over elements too
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
-    """η at a step (0 … steps − 1): rises linearly in a share `warmup` of the steps, then a cosine from `peak` to 0.
-
-    Section 4.1 of the paper: 4,600 steps, of which 0.5% warm up.
-    """
-    rising = max(1, int(warmup * steps)) if warmup else 0
-    if step < rising:
-        return peak * (step + 1) / (rising + 1)
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - rising) / (steps - rising)))
+def learning_rate(step: int, stage: Stage) -> float:
+    """η at a step of the run: a linear warm-up, then a cosine decay from `max_lr` to 0 (section 4.1: 0.5% warm-up)."""
+    step, steps = step - stage.step_range.start, len(stage.step_range)
+    warmup_steps = max(1, int(stage.warmup * steps)) if stage.warmup else 0
+    if step < warmup_steps:
+        return stage.max_lr * (step + 1) / (warmup_steps + 1)
+    return stage.max_lr * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / (steps - warmup_steps)))
 
 
-def algorithm_1(
-    args, clip: Clip, diffusion: Diffusion, conditioner, optimizer, peak: float, steps: range, batches, run, pull=None
-) -> None:
-    """The method: each step lowers φ's denoising loss by moving what the optimizer holds, θ and the linear layer.
+def algorithm_1(conditioner, diffusion: Diffusion, batches, draws: Draws, stage: Stage, run) -> None:
+    """The method: each step changes θ and the linear layer so that the denoising loss of the frozen φ falls.
 
-    Gradients are clipped as in the released code; the paper does not speak of it.
+    Gradients are clipped as in the released code; the paper does not mention clipping.
 
     Args:
-        conditioner: a VisualCondition, in DDP.
-        peak: the highest learning rate.
-        steps: this stage's; the rate rises and falls to 0 within them.
-        batches: of `read_batches`.
-        run: keeps the loss, logs and saves (harness/run.py), and says at which step to begin.
-        pull: not the paper's: a `beyond.Pull`.
+        conditioner: a `VisualCondition`, wrapped in DDP: all that can be trained.
+        batches: the micro-batches of `read_batches`.
+        run: records the loss, logs and saves (harness/run.py); training resumes at `run.first_step`.
     """
+    optimizer, device = stage.optimizer, diffusion.text_embedding.device
     parameters = optimizer.param_groups[0]["params"]
-    recap = parse_recap(args.recap, clip.num_patches)
-    low, high = parse_timesteps(args.timesteps)
-    accumulation = args.batch_size // (args.micro_batch * dist.get_world_size())  # micro-batches a step and process
-    for step in range(max(run.first_step, steps.start), steps.stop):
-        lr = learning_rate(step - steps.start, len(steps), peak, args.warmup)  # η
-        optimizer.param_groups[0]["lr"] = lr
-        for i in range(accumulation):
-            conditioner.require_backward_grad_sync = i == accumulation - 1  # DDP averages the gradients once a step
+    for step in range(max(run.first_step, stage.step_range.start), stage.step_range.stop):
+        lr = optimizer.param_groups[0]["lr"] = learning_rate(step, stage)  # η
+        for i in range(stage.accumulation):
+            conditioner.require_backward_grad_sync = i == stage.accumulation - 1  # DDP averages once per step
             batch = next(batches)
-            images = batch["images"]  # Alg. 1, line 1: x, (B, 3, S, S), in [0, 1]
-            rngs = image_rngs(args.seed, batch["keys"])
+            images = batch["images"]  # Alg. 1, line 1: x, (B, 3, S, S) in [0, 1]
+            rngs = image_rngs(draws.seed, batch["keys"])  # one per image
+            patch_indices = draw_patch_indices(draws.recap, draws.states, rngs, device)  # (B, N, K)
+            condition, cls = conditioner(images, diffusion.text_embedding, patch_indices)  # Alg. 1, lines 2, 3: V, c
             latents = diffusion.encode(images)  # z, (B, 4, S/8, S/8), without a gradient
-            timesteps, noise = draw_states((args.states, *latents.shape[1:]), low, high, rngs)  # Alg. 1, line 4: t, ε
-            patches = draw_patches(recap, args.states, rngs)  # Alg. 1, line 3: of each state, (B, N, K)
-            timesteps, noise, patches = copy_to(images.device, timesteps, noise, patches)
-            prepared = clip.prepare(images)  # (B, 3, s, s)
-            condition, cls = conditioner(prepared, diffusion.text, patches)  # Alg. 1, lines 2 and 3: V, c
-            loss = denoising_loss(diffusion, latents, condition, timesteps, noise)  # Alg. 1, lines 4 and 5: ℓ, L
-            objective = loss + pull(cls, prepared) if pull else loss  # not the paper's: keeps CLIP near its start
-            (objective / accumulation).backward()  # through the frozen φ into θ
-            run.note(loss, batch)
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
-        run.log(step, grad_norm, lr)  # ends the run if this is not finite, or too many images cannot be read
-        optimizer.step()  # Alg. 1, line 6: θ ← θ − η ∇L; φ takes no gradient and is not in the optimizer
-        optimizer.zero_grad()
-        run.save(step + 1)  # every --save-every steps; ends the run if a signal asked for it
+            timesteps, noise = draw_states(draws, latents.shape[1:], rngs, device)  # Alg. 1, line 4: t, ε
+            loss = denoising_loss(diffusion, latents, condition, timesteps, noise)  # Alg. 1, lines 4, 5: z_t, ℓ, L
+            objective = loss + stage.penalty(cls, images) if stage.penalty else loss  # not in the paper
+            (objective / stage.accumulation).backward()  # through the frozen φ into θ
+            run.record(loss, batch)  # the logged loss excludes the penalty
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, stage.max_grad_norm or math.inf)
+        run.log(step, grad_norm, lr)  # raises if the loss or its gradient is not finite
+        optimizer.step()  # Alg. 1, line 6: θ ← θ − η ∇L; φ has no gradient and is not in the optimizer
+        optimizer.zero_grad(set_to_none=False)  # keeps the gradients in DDP's buckets, so that they are held once
+        run.save(step + 1)  # every --save-every steps; raises Stopped after a signal
 
 
 def build(args, device: torch.device) -> tuple[Clip, Diffusion, VisualCondition]:
-    """θ, φ, and what carries θ's tokens to φ. UserError: they cannot be loaded, or do not fit together."""
+    """Loads θ and φ, and makes the module that carries θ's tokens to φ.
+
+    Raises:
+        UserError: a model cannot be loaded, or the settings do not fit it.
+    """
     clip = load_clip(args.clip, args.random_weights, str(device))
     recap = parse_recap(args.recap, clip.num_patches)
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     diffusion = load_diffusion(args.diffusion, args.text, dtype, device, args.random_weights)
-    parse_timesteps(args.timesteps, len(diffusion.alphas_cumprod))  # refused if the schedule has fewer
+    if args.timesteps[1] > len(diffusion.alphas_cumprod):
+        raise UserError(f"--timesteps: the schedule of {args.diffusion} has {len(diffusion.alphas_cumprod)} timesteps")
     if args.image_size and args.image_size % diffusion.downsampling:
         raise UserError(f"--image-size {args.image_size}: must be a multiple of {diffusion.downsampling}")
-    torch.manual_seed(args.seed)  # of the linear layer, which starts at random
+    torch.manual_seed(args.seed)  # initializes the linear layer
     conditioner = VisualCondition(clip, diffusion, recap, args.join).to(device)
     if args.grad_checkpointing:
         clip.model.visual.set_grad_checkpointing()
@@ -148,48 +167,51 @@ def build(args, device: torch.device) -> tuple[Clip, Diffusion, VisualCondition]
 
 
 def build_optimizer(args, conditioner: VisualCondition, parameters: list) -> torch.optim.Optimizer:
-    """What learns is what the optimizer holds: all else of the conditioner is frozen. The loop sets its rate."""
+    """An optimizer of `parameters`; freezes all others of the conditioner. The loop sets its learning rate."""
     conditioner.requires_grad_(False)
     for parameter in parameters:
         parameter.requires_grad_(True)
-    if args.optimizer == "adamw":  # not the paper's
+    if args.optimizer == "adamw":  # not in the paper
         return torch.optim.AdamW(parameters, weight_decay=0)
     return torch.optim.SGD(parameters, momentum=args.momentum)  # section 4.1: momentum 0.9, no weight decay
 
 
 def train(args, device: torch.device) -> None:
-    """One run, from the models and the images to OUT/clip and, with --mmvp, its scores before and after."""
+    """One run: loads the models and the images, trains, saves OUT/clip, and scores it if --mmvp is given."""
     args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")  # the device is known only here
-    with main_first() as main:  # the others find what it has indexed
-        files = open_images(args.data, progress=main)
+    with rank_zero_first() as is_rank_zero:  # it indexes the shards, the others read its index
+        files = open_images(args.data, progress=is_rank_zero)
         pairs = read_mmvp(args.mmvp) if args.mmvp else []
-    run = Run(args, fingerprint(files))
+    run = Run(args, "synthetic" if files is None else files.fingerprint())
     if run.finished:
         return
     clip, diffusion, conditioner = build(args, device)
-    images = TrainingImages(files, args.image_size or diffusion.image_size, args.batch_size, args.seed)
+    dataset = TrainingImages(files, args.image_size or diffusion.image_size, args.batch_size, args.seed)
     if args.projection == "fitted" and not run.first_step:
-        beyond.fit_projection(args, clip, conditioner, images)
-    pull = beyond.Pull(clip, args.pull) if args.pull else None
-    stages = [(list(conditioner.parameters()), range(args.steps), args.lr)]  # the paper's: all learns, in all steps
+        beyond.fit_projection(args, clip, conditioner, dataset)
+    penalty = beyond.Ldifs(clip, args.ldifs) if args.ldifs else None
+    draws = Draws(args.seed, conditioner.recap, args.states, range(*args.timesteps))
+    rank, processes = dist.get_rank(), dist.get_world_size()
+    accumulation = args.batch_size // (args.micro_batch * processes)
+    keys = micro_batch_keys(run.first_step, args.steps, args.batch_size, args.micro_batch, rank, processes)
+    batches = read_batches(dataset, keys, args.workers, device)
+    stages = [(list(conditioner.parameters()), range(args.steps), args.lr)]  # the paper's one stage trains everything
     if args.projection_steps or args.freeze_projection:
         stages = beyond.stages(args, conditioner)
-    rank, processes = dist.get_rank(), dist.get_world_size()
-    keys = batch_keys(run.first_step, args.steps, args.batch_size, args.micro_batch, rank, processes)
-    batches = read_batches(images, keys, args.workers, device)
-    with run.started(clip, diffusion, conditioner, images):
-        before = similarities(clip, pairs, device) if run.main and pairs else None
-        for parameters, steps, peak in stages:
+    with run.started(clip, diffusion, conditioner, dataset):
+        before = similarities(clip, pairs, device) if is_rank_zero and pairs else None  # the other ranks wait
+        for parameters, step_range, max_lr in stages:
             optimizer = build_optimizer(args, conditioner, parameters)
-            run.restore(optimizer, steps)
+            run.restore(optimizer, step_range)
+            stage = Stage(optimizer, step_range, max_lr, args.warmup, accumulation, args.max_grad_norm, penalty)
             ddp = DistributedDataParallel(conditioner, gradient_as_bucket_view=True)
-            algorithm_1(args, clip, diffusion, ddp, optimizer, peak, steps, batches, run, pull)
-    if run.main and pairs:
+            algorithm_1(ddp, diffusion, batches, draws, stage, run)
+    if is_rank_zero and pairs:
         cosines = [before, similarities(clip, pairs, device)]
         print(compare([args.clip, f"{args.out}/clip"], cosines, pairs, f"{args.out}/mmvp"))
     run.end()
 
 
 if __name__ == "__main__":
-    with one_sentence("train.py", less_memory(args)), joined_processes() as device:
+    with exit_on_user_error("train.py", less_memory(args)), process_group() as device:
         train(args, device)

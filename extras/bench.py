@@ -32,10 +32,10 @@ from transformers import CLIPTextConfig, CLIPTextModel
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import data
 import train
-from beyond import Pull, stages
-from harness.errors import UserError, fail, one_sentence
+from beyond import Ldifs, stages
+from harness.errors import UserError, exit_on_user_error, usage_error
 from harness.options import parse_args
-from harness.processes import joined_processes
+from harness.processes import process_group
 from harness.run import peak_memory
 from model import Diffusion
 
@@ -57,7 +57,7 @@ class Step:
         self.args, self.device = args, device
         self.run = SimpleNamespace(first_step=0, note=nothing, log=nothing, save=nothing)
         self.clip, self.diffusion, self.conditioner = train.build(args, device)
-        self.pull = Pull(self.clip, args.pull) if args.pull else None
+        self.ldifs = Ldifs(self.clip, args.ldifs) if args.ldifs else None
         parameters = stages(args, self.conditioner)[-1][0]
         self.optimizer = train.build_optimizer(args, self.conditioner, parameters)
         self.image_size = args.image_size or self.diffusion.image_size
@@ -71,7 +71,7 @@ class Step:
     def __call__(self) -> float:
         """Takes one step, and says how many seconds it took."""
         models, batches, start = (self.clip, self.diffusion, self.conditioner), self.batches(), now(self.device)
-        train.algorithm_1(self.args, *models, self.optimizer, self.args.lr, range(1), batches, self.run, self.pull)
+        train.algorithm_1(self.args, *models, self.optimizer, self.args.lr, range(1), batches, self.run, self.ldifs)
         return now(self.device) - start
 
     def parts(self) -> Counter:
@@ -95,7 +95,7 @@ class Step:
                 (data, "to_device", "copy"),
                 (train, "image_rngs", "draws"),
                 (self.diffusion, "encode", "VAE"),
-                (train, "copy_to", "draws"),
+                (train, "copy_to_device", "draws"),
                 (self.conditioner, "forward", "CLIP"),
                 (self.diffusion.unet, "forward", "U-Net forward"),
                 (self.run, "note", "backward"),
@@ -122,7 +122,7 @@ class ReleasedStep(Step):
     """
 
     def __init__(self, step: Step):
-        self.device, self.run, self.batch, self.pull = step.device, step.run, step.batch, None
+        self.device, self.run, self.batch, self.ldifs = step.device, step.run, step.batch, None
         self.clip, self.conditioner, self.optimizer = step.clip, step.conditioner, step.optimizer
         self.diffusion = ReleasedDiffusion(step.diffusion, step.args.diffusion, self.device)
         self.states, self.args = step.args.states, copy.copy(step.args)
@@ -288,13 +288,13 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], epilog="All else: train.py's options.", allow_abbrev=False
     )
-    parser.error = fail
+    parser.error = usage_error
     parser.add_argument("--times", help="to take each figure (default: 10)", type=int, default=10, metavar="N")
     parser.add_argument("--as-released", help="the released step's work too, imitated", action="store_true")
     own, options = parser.parse_known_args(argv)
     if own.times < 1:
         raise UserError("--times: must be at least 1")
-    with joined_processes() as device:
+    with process_group() as device:
         if dist.get_world_size() > 1:
             raise UserError("one device is measured: start bench.py with python")
         args = read_args(options, device)
@@ -305,5 +305,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with one_sentence("bench.py", "a smaller --micro-batch needs less"):
+    with exit_on_user_error("bench.py", "a smaller --micro-batch needs less"):
         main()

@@ -33,7 +33,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from condition import visual_tokens
-from harness.errors import UserError, fail, one_sentence
+from harness.errors import UserError, exit_on_user_error, usage_error
 from harness.files import replaced_folder
 from harness.pretrained import quiet
 from harness.weights import to_transformers
@@ -184,7 +184,7 @@ def differences(clip: Clip, folder: Path, family: str, tokenizer) -> dict[str, f
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.error = fail
+    parser.error = usage_error
     parser.add_argument("clip", metavar="CLIP", help="a recipe, ARCH:TAG, hf-hub:OWNER/NAME, a folder, CLIP@WEIGHTS")
     parser.add_argument("folder", metavar="DIR", help="where to write it; must not exist")
     args = parser.parse_args(argv)
@@ -199,5 +199,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with one_sentence("export.py"):
+    with exit_on_user_error("export.py"):
         main()

@@ -4,7 +4,7 @@
     python extras/feedback.py --recipe two-stage-openai-vit-l-14-224 --mmvp MMVP/MMVP_VLM --data 'cc3m/*.tar' \
         --projection-steps 500 --timesteps 500:1000
 
-**The needle.** A pair of the benchmark has images A, B and statements a, b, with the margins cos(a, A) − cos(a, B) and
+**The alignment.** A pair of the benchmark has images A, B and statements a, b, with the margins cos(a, A) − cos(a, B) and
 cos(b, B) − cos(b, A). Let each image's class token take one small step down its own denoising loss: to first order the
 sum m of the margins rises by −∇m · g, where g is the loss's gradient, averaged over `--draws` draws of the N states. It
 is divided by |∇m| and by the mean |g| over pairs, so it is a cosine on the average: 0 means that the feedback has no
@@ -31,14 +31,14 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from beyond import fit_projection
-from condition import draw_patches, visual_tokens
+from condition import draw_patch_indices, visual_tokens
 from data import TrainingImages, batch_keys, open_images, read_batches
 from evaluate_mmvp import pairs_right
 from extras.reconstruct import read_square
-from harness.errors import UserError, fail, one_sentence
+from harness.errors import UserError, exit_on_user_error, usage_error
 from harness.mmvp import Pair, read_mmvp
 from harness.options import parse_args
-from harness.processes import copy_to, joined_processes
+from harness.processes import copy_to_device, process_group
 from harness.recipes import TYPES, parse_timesteps
 from harness.scores import average, interval, type_names, type_scores
 from train import algorithm_1, build, build_optimizer, denoising_loss, draw_states, image_rngs
@@ -87,7 +87,7 @@ class Pairs:
             squares = [read_square(path, path.read_bytes(), size) for path in pair.images]
             pixels = torch.stack(squares).to(device)  # (2, 3, S, S)
             latents.append(diffusion.encode(pixels))
-            tokens = visual_tokens(clip.model.visual, clip.prepare(pixels))
+            tokens = visual_tokens(clip.model.visual, clip.preprocess_batch(pixels))
             cls.append(tokens[0])
             local.append(tokens[1])
             words = tokenizer(["a photo of " + statement for statement in pair.statements]).to(device)
@@ -111,36 +111,36 @@ def feedback(args, diffusion, conditioner, pairs: Pairs, cls: torch.Tensor, seed
             token, latents = cls[images].clone().requires_grad_(), pairs.latents[images]
             rngs = image_rngs(seed, [(draw, i) for i in images.tolist()])
             timesteps, noise = draw_states((args.states, *latents.shape[1:]), low, high, rngs)
-            patches = draw_patches(conditioner.recap, args.states, rngs)
-            timesteps, noise, patches = copy_to(cls.device, timesteps, noise, patches)
-            condition = conditioner.from_tokens(token, pairs.local[images], diffusion.text, patches)
+            patches = draw_patch_indices(conditioner.recap, args.states, rngs)
+            timesteps, noise, patches = copy_to_device(cls.device, timesteps, noise, patches)
+            condition = conditioner.build_condition(token, pairs.local[images], diffusion.text_embedding, patches)
             loss = denoising_loss(diffusion, latents, condition, timesteps, noise) * len(token)  # it was a mean
             mean[images] += torch.autograd.grad(loss, token)[0] / args.draws
     check_finite("the gradient of the denoising loss", mean)
     return mean
 
 
-def needles(pairs: Pairs, gradient: torch.Tensor) -> np.ndarray:
-    """The needle of each pair, (pairs,), for the images' gradients (2 · pairs, D). UserError: it is not finite."""
+def alignments(pairs: Pairs, gradient: torch.Tensor) -> np.ndarray:
+    """The alignment of each pair, (pairs,), for the images' gradients (2 · pairs, D). UserError: it is not finite."""
     cls = pairs.cls.clone().requires_grad_()
     cosines = pairs.cosines(cls)
     margins = cosines[:, 0, 0] - cosines[:, 0, 1] + cosines[:, 1, 1] - cosines[:, 1, 0]  # (pairs,)
     toward = torch.autograd.grad(margins.sum(), cls)[0].unflatten(0, (-1, 2)).flatten(1)  # ∇m, (pairs, 2 · D)
     down = -gradient.unflatten(0, (-1, 2)).flatten(1)
-    needle = (toward * down).sum(1) / toward.norm(dim=1) / down.norm(dim=1).mean()
-    check_finite("the needle", needle)
-    return needle.cpu().numpy()
+    alignment = (toward * down).sum(1) / toward.norm(dim=1) / down.norm(dim=1).mean()
+    check_finite("the alignment", alignment)
+    return alignment.cpu().numpy()
 
 
 def measure(args, diffusion, conditioner, pairs: Pairs) -> dict:
-    """`rows`: of each type and of all the needle, its z, and the score before and after each move of the class tokens.
+    """`rows`: of each type and of all the alignment, its z, and the score before and after each move of the class tokens.
 
-    z is None for a single pair, and where all needles are equal. `change` is the 95% interval of what all moves change
+    z is None for a single pair, and where all alignments are equal. `change` is the 95% interval of what all moves change
     in the score of all.
     """
     cls, types, rights = pairs.cls, pairs.types, [pairs_right(pairs.cosines(pairs.cls).cpu().numpy())]
     gradient = feedback(args, diffusion, conditioner, pairs, cls, args.seed)
-    values, length = needles(pairs, gradient), MOVE * (cls - cls.mean(0)).norm(dim=1).mean()
+    values, length = alignments(pairs, gradient), MOVE * (cls - cls.mean(0)).norm(dim=1).mean()
     for move in range(args.moves):
         if move:
             gradient = feedback(args, diffusion, conditioner, pairs, cls, args.seed + move)
@@ -152,7 +152,7 @@ def measure(args, diffusion, conditioner, pairs: Pairs) -> dict:
         chosen = values if name == "all" else values[np.array(types) == name]
         spread = chosen.std(ddof=1) if len(chosen) > 1 else 0
         z = float(chosen.mean() / spread * len(chosen) ** 0.5) if spread else None
-        rows[name] = dict(needle=float(chosen.mean()), z=z, scores=[score[name] for score in scores])
+        rows[name] = dict(alignment=float(chosen.mean()), z=z, scores=[score[name] for score in scores])
     return dict(rows=rows, change=interval(rights[-1].astype(int) - rights[0], types))
 
 
@@ -160,11 +160,11 @@ def table(stages: dict[str, dict]) -> str:
     """The figures of each stage as text."""
     width, lines = max(len(name) for name in [*stages, *TYPES]), []
     for stage, found in stages.items():
-        lines.append(f"\n{stage:{width + 2}}  needle      z  score before → after each move")
+        lines.append(f"\n{stage:{width + 2}}  alignment      z  score before → after each move")
         for name, row in found["rows"].items():
             z = "" if row["z"] is None else f"{row['z']:.1f}"
             scores = " → ".join(f"{score:.1f}" for score in row["scores"])
-            lines.append(f"  {name:{width}}  {row['needle']:+.3f}  {z:>5}  {scores}")
+            lines.append(f"  {name:{width}}  {row['alignment']:+.3f}  {z:>5}  {scores}")
         lines[-1] += " (95% interval of the change {:+.1f} … {:+.1f})".format(*found["change"])
     return "\n".join(lines)
 
@@ -199,7 +199,7 @@ def main(argv: list[str] | None = None) -> None:
         epilog="Recipe, models, method and --projection-steps: train.py's options.",
         allow_abbrev=False,
     )
-    parser.error = fail
+    parser.error = usage_error
     add = parser.add_argument
     add("--pairs", type=int, default=10**9, metavar="N", help="of each type; if not given, all")
     add("--draws", type=int, default=3, metavar="N", help="draws of N states, averaged (default: 3)")
@@ -213,7 +213,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--mmvp is needed: the hub's MMVP/MMVP_VLM, or a folder in its layout")
     if args.data == ["synthetic"] and args.projection_steps:
         raise UserError("--data synthetic: the linear layer is trained on images; name some")
-    with joined_processes() as device:
+    with process_group() as device:
         if dist.get_world_size() > 1:
             raise UserError("one process does it all: start feedback.py with python")
         args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
@@ -224,5 +224,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with one_sentence("feedback.py", "a smaller --micro-batch needs less"):
+    with exit_on_user_error("feedback.py", "a smaller --micro-batch needs less"):
         main()

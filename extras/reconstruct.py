@@ -26,10 +26,10 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from condition import VisualCondition, draw_patches
+from condition import VisualCondition, draw_patch_indices
 from data import open_images, to_rgb
 from harness.checkpoint import load_checkpoint, whole_checkpoint
-from harness.errors import UserError, brief, fail, one_sentence
+from harness.errors import UserError, exit_on_user_error, one_line, usage_error
 from harness.mmvp import read_mmvp
 from model import Clip, Diffusion
 from train import build
@@ -53,10 +53,10 @@ class Reconstruction:
     def conditions(self, images: torch.Tensor, seed: int) -> list[torch.Tensor]:
         """c of images (B, 3, S, S) in [0, 1], from the untouched CLIP and from the trained one: two (B, 1 + K, W)."""
         rngs, found = [np.random.default_rng((seed, i)) for i in range(len(images))], []
-        patches = draw_patches(self.conditioner.recap, 1, rngs)
+        patches = draw_patch_indices(self.conditioner.recap, 1, rngs)
         for tower in self.towers:
             self.conditioner.visual.load_state_dict(tower)
-            c, _ = self.conditioner(self.clip.prepare(images), self.diffusion.text, patches)  # (B, 1, 1 + K, W)
+            c, _ = self.conditioner(self.clip.preprocess_batch(images), self.diffusion.text_embedding, patches)  # (B, 1, 1 + K, W)
             found.append(c[:, 0].float())
         return found
 
@@ -66,7 +66,7 @@ class Reconstruction:
         side = self.image_size * unet.sample_size // self.diffusion.image_size
         shape = (unet.in_channels, side, side)
         drawn = [np.random.default_rng((seed, 1, i)).standard_normal(shape, dtype=np.float32) for i in range(count)]
-        return torch.from_numpy(np.stack(drawn)).to(self.diffusion.text.device)
+        return torch.from_numpy(np.stack(drawn)).to(self.diffusion.text_embedding.device)
 
     @torch.no_grad()
     def draw(
@@ -77,7 +77,7 @@ class Reconstruction:
         scheduler = DDIMScheduler.from_pretrained(self.args.diffusion, subfolder="scheduler")
         scheduler.set_timesteps(steps)
         latents, condition = noise * scheduler.init_noise_sigma, condition.to(unet.dtype)
-        text = self.diffusion.text.expand(len(noise), -1, -1).to(unet.dtype)
+        text = self.diffusion.text_embedding.expand(len(noise), -1, -1).to(unet.dtype)
         for t in tqdm(scheduler.timesteps, desc="draw", unit="step", leave=False, disable=not progress):
             predicted = unet(latents.to(unet.dtype), t, condition).sample.float()  # ε (or v) of c
             if guidance != 1:
@@ -93,7 +93,7 @@ def load_run(run: str, device: torch.device) -> Reconstruction:
     try:
         args = argparse.Namespace(**json.loads(Path(run, "args.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{run}: is no run's folder, its args.json cannot be read ({brief(error)})") from None
+        raise UserError(f"{run}: is no run's folder, its args.json cannot be read ({one_line(error)})") from None
     if args.random_weights:
         raise UserError(f"{run}: its weights were random at the start, so there is nothing to see")
     if whole_checkpoint(Path(run, "checkpoint")) is None:
@@ -157,7 +157,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description="What the diffusion model draws from CLIP's condition, before and after."
     )
-    parser.error = fail
+    parser.error = usage_error
     parser.add_argument("run", metavar="RUN", help="a run's folder")
     parser.add_argument("file", metavar="FILE.png", help="where the picture goes")
     images = "a folder, or files (default: of the run's benchmark, or else of its data)"
@@ -184,5 +184,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with one_sentence("reconstruct.py"):
+    with exit_on_user_error("reconstruct.py"):
         main()

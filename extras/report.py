@@ -26,8 +26,8 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from evaluate_mmvp import EMBEDDINGS
 from harness.checkpoint import read_state
-from harness.errors import UserError, brief, fail, one_sentence, say
-from harness.files import write_whole
+from harness.errors import UserError, exit_on_user_error, one_line, usage_error, warn
+from harness.files import write_atomically
 from harness.mmvp import read_mmvp
 from harness.recipes import beyond_the_paper
 from harness.scores import verdict
@@ -80,7 +80,7 @@ def reading(path: Path):
     try:
         yield
     except Exception as error:  # csv, json, numpy, Pillow and what is looked for in vain each raise their own
-        raise UserError(f"{path}: cannot be read ({type(error).__name__}: {brief(error)})") from None
+        raise UserError(f"{path}: cannot be read ({type(error).__name__}: {one_line(error)})") from None
 
 
 def describe(path: Path, taken: int) -> tuple[dict, dict]:
@@ -207,7 +207,7 @@ def show_changes(pairs: list[dict], mmvp: str) -> Html:
                 raise UserError(f"{mmvp}: not the benchmark that was scored")
             pair["images"] = [picture(path, 224, "jpeg") for path in paths]
     except (UserError, OSError) as gone:
-        say(missing := f"Without images, which --mmvp PATH brings back: {brief(gone)}")
+        warn(missing := f"Without images, which --mmvp PATH brings back: {one_line(gone)}")
         note += " " + missing
     template = """<article><h3>$type <small>$id1, $id2</small></h3>$images<p>$statement1</p><p>$statement2</p>$outcomes
 </article>"""
@@ -248,15 +248,15 @@ def report(folder: Path, mmvp: str | None = None) -> dict[Path, Html]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Write a run's report.html, and the model card of its CLIP.")
-    parser.error = fail
+    parser.error = usage_error
     parser.add_argument("run", type=Path, metavar="RUN", help="the folder that train.py wrote (--out)")
     parser.add_argument("--mmvp", metavar="PATH", help="the benchmark, if it is no longer where the run found it")
     args = parser.parse_args(argv)
     for path, content in report(args.run, args.mmvp).items():
-        write_whole(path, content)
+        write_atomically(path, content)
         print(f"written: {path}")
 
 
 if __name__ == "__main__":
-    with one_sentence("report.py"):
+    with exit_on_user_error("report.py"):
         main()

@@ -11,16 +11,16 @@ import train
 from extras import bench
 from extras.bench import ReleasedDiffusion, ReleasedStep, Step, executed_work, least_work, on_meta
 from harness.errors import UserError
-from harness.processes import joined_processes
+from harness.processes import process_group
 
 CPU = torch.device("cpu")
-SMALL = "--optimizer sgd --lr 0.01 --warmup 0 --pull 0 --no-freeze-projection --momentum 0 --micro-batch 4"
+SMALL = "--optimizer sgd --lr 0.01 --warmup 0 --ldifs 0 --no-freeze-projection --momentum 0 --micro-batch 4"
 
 
 @pytest.fixture
 def group():
     """The process group of one that the loop asks for."""
-    with joined_processes():
+    with process_group():
         yield
 
 
@@ -71,8 +71,8 @@ def test_the_step_is_a_runs_own(group):
     batch = next(step.batches())
     rngs, recap = train.image_rngs(step.args.seed, [(0, i) for i in range(4)]), step.conditioner.recap
     timesteps, noise = train.draw_states((2, 4, 8, 8), 500, 1000, rngs)
-    patches = train.draw_patches(recap, 2, rngs)
-    condition, _ = step.conditioner(step.clip.prepare(batch["images"]), step.diffusion.text, patches)
+    patches = train.draw_patch_indices(recap, 2, rngs)
+    condition, _ = step.conditioner(step.clip.preprocess_batch(batch["images"]), step.diffusion.text_embedding, patches)
     loss = train.denoising_loss(step.diffusion, step.diffusion.encode(batch["images"]), condition, timesteps, noise)
     gradients = dict(zip(names, torch.autograd.grad(loss, list(names.values()))))
     norm = math.sqrt(sum(g.square().sum().item() for g in gradients.values()))
@@ -101,7 +101,7 @@ def test_the_released_step_goes_state_by_state(group, monkeypatch):
     for name, module in parts.items():
         module.register_forward_hook(lambda *_, name=name: calls.append(name))
     with monkeypatch.context() as patch:
-        patch.setattr(ReleasedDiffusion, "text", step.diffusion.text)
+        patch.setattr(ReleasedDiffusion, "text", step.diffusion.text_embedding)
         patch.setattr(released.diffusion, "numbers", torch.stack([torch.zeros(3, 1, 1), torch.ones(3, 1, 1)] * 2))
         released()
     for name, value in step.conditioner.state_dict().items():

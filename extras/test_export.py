@@ -47,7 +47,7 @@ def test_the_exported_clip_is_ours(tmp_path, capsys, name, resize_mode):
     clip, theirs = model.load_clip(f"{folder}"), transformers.AutoModel.from_pretrained(out)
     assert type(theirs).__name__ == ("SiglipModel" if name == "siglip" else "CLIPModel")
     image = Image.effect_noise((50, 37), 90).convert("RGB")
-    ours = clip.preprocess(image)[None]
+    ours = clip.preprocess_image(image)[None]
     for backend, grey_levels in (("pil", 1e-3), ("torchvision", 2.01)):  # transformers' default rounds differently
         processor = transformers.AutoImageProcessor.from_pretrained(out, backend=backend)
         pixels = processor(images=image, return_tensors="pt").pixel_values
@@ -150,6 +150,6 @@ def test_every_architecture_is_exported_and_read_back(tmp_path, name):
     assert max(differences.values()) < 5e-6
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "exported", backend="pil")
     image = Image.effect_noise((500, 333), 90).convert("RGB")
-    assert (processor(images=image, return_tensors="pt").pixel_values[0] - clip.preprocess(image)).abs().max() < 1e-5
+    assert (processor(images=image, return_tensors="pt").pixel_values[0] - clip.preprocess_image(image)).abs().max() < 1e-5
     back = read_weights(f"{tmp_path}/exported", clip.model)
     assert all(torch.equal(value, back[key]) for key, value in clip.model.state_dict().items())

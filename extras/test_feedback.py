@@ -1,4 +1,4 @@
-"""extras/feedback.py: the gradient is the loss's own slope, the needle is the slope of the margins along it."""
+"""extras/feedback.py: the gradient is the loss's own slope, the alignment is the slope of the margins along it."""
 
 import copy
 import re
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import train
-from condition import draw_patches
+from condition import draw_patch_indices
 from extras import feedback
 from harness.errors import UserError
 from harness.mmvp import read_mmvp
@@ -52,11 +52,11 @@ def test_the_needle_is_the_slope_of_the_margins(seen):
     down, up = margins(pairs, pairs.cls.double() - h * gradient), margins(pairs, pairs.cls.double() + h * gradient)
     both, long = toward.reshape(len(down), -1), gradient.reshape(len(down), -1)  # (pairs, 2 · D)
     expected = (down - up) / 2 / h / both.norm(dim=1) / long.norm(dim=1).mean()
-    found = feedback.needles(pairs, gradient)
+    found = feedback.alignments(pairs, gradient)
     assert np.allclose(found, expected, atol=1e-4) and np.abs(found).max() > 0.01
-    assert feedback.needles(pairs, -toward).mean() == pytest.approx(1, abs=1e-4)
+    assert feedback.alignments(pairs, -toward).mean() == pytest.approx(1, abs=1e-4)
     across = long - (long * both).sum(1, keepdim=True) / both.square().sum(1, keepdim=True) * both
-    assert np.allclose(feedback.needles(pairs, across.reshape(pairs.cls.shape)), 0, atol=1e-4)
+    assert np.allclose(feedback.alignments(pairs, across.reshape(pairs.cls.shape)), 0, atol=1e-4)
 
 
 def test_the_gradient_is_the_slope_of_each_images_loss(seen):
@@ -65,7 +65,7 @@ def test_the_gradient_is_the_slope_of_each_images_loss(seen):
     gradient = feedback.feedback(args, diffusion, conditioner, pairs, pairs.cls, seed=5).double()
     conditioner, unet = copy.deepcopy(conditioner).double(), copy.deepcopy(diffusion.unet).double()
     local, latents = pairs.local.double(), pairs.latents.double()
-    text, alphas = diffusion.text.double(), diffusion.alphas_cumprod.double()
+    text, alphas = diffusion.text_embedding.double(), diffusion.alphas_cumprod.double()
 
     @torch.no_grad()
     def loss(i: int, token: torch.Tensor) -> float:
@@ -75,7 +75,7 @@ def test_the_gradient_is_the_slope_of_each_images_loss(seen):
             timesteps, noise = train.draw_states((2, 4, 8, 8), 500, 1000, rngs)
             alpha = alphas[timesteps[0]][:, None, None, None]
             noisy = alpha**0.5 * latents[i] + (1 - alpha) ** 0.5 * noise[0]
-            condition = conditioner.from_tokens(token[None], local[[i]], text, draw_patches(conditioner.recap, 2, rngs))
+            condition = conditioner.build_condition(token[None], local[[i]], text, draw_patch_indices(conditioner.recap, 2, rngs))
             losses.append(((unet(noisy, timesteps[0], condition[0]).sample - noise[0]) ** 2).mean().item())
         return sum(losses) / 2
 
@@ -93,24 +93,24 @@ def test_moves_along_the_words_win_every_pair(seen, monkeypatch):
     monkeypatch.setattr(feedback, "feedback", told)
     row = feedback.measure(*seen)["rows"]["all"]
     assert row["scores"][0] < row["scores"][-1] == 100 and len(row["scores"]) == 9
-    assert row["needle"] == pytest.approx(1, abs=1e-4)
-    needles = feedback.needles(seen[-1], told(*seen, seen[-1].cls, 0)).tolist()
-    assert row["z"] == pytest.approx(fmean(needles) / stdev(needles) * 5**0.5, rel=1e-3)
+    assert row["alignment"] == pytest.approx(1, abs=1e-4)
+    alignments = feedback.alignments(seen[-1], told(*seen, seen[-1].cls, 0)).tolist()
+    assert row["z"] == pytest.approx(fmean(alignments) / stdev(alignments) * 5**0.5, rel=1e-3)
 
 
 def test_the_command_prints_its_figures(capsys):
-    """A needle for each type and, of one pair each, their mean for all; the layer's steps change them."""
+    """An alignment for each type and, of one pair each, their mean for all; the layer's steps change them."""
     options = "--pairs 1 --draws 1 --moves 1 --states 1 --projection-steps 2 --projection random --batch-size 2"
     feedback.main([*options.split(), "--workers", "0"])
     cost, start, end = re.split("\nrandom start |\nlinear layer after step 2 ", capsys.readouterr().out)
     assert cost.startswith(f"{2 * 2 * 9 + 2 * 2} passes of the U-Net")  # twice both images of nine pairs; the layer's
-    row = r"^  (\S.*?) +([+-][\d.]{5})  +(?:-?[\d.]+  )?([\d.]+) → ([\d.]+)"  # name, needle, z of all, two scores
+    row = r"^  (\S.*?) +([+-][\d.]{5})  +(?:-?[\d.]+  )?([\d.]+) → ([\d.]+)"  # name, alignment, z of all, two scores
     before, after = re.findall(row, start, re.MULTILINE), re.findall(row, end, re.MULTILINE)
     assert [name for name, *_ in before] == [name for name, *_ in after] == [*TYPES, "all"] and before != after
     for rows in (before, after):
         *types, overall = np.array([figures for _, *figures in rows], float)
-        needle, *scores = np.mean(types, 0)
-        assert overall[0] == pytest.approx(needle, abs=1.1e-3) and overall[1:] == pytest.approx(scores, abs=0.06)
+        alignment, *scores = np.mean(types, 0)
+        assert overall[0] == pytest.approx(alignment, abs=1.1e-3) and overall[1:] == pytest.approx(scores, abs=0.06)
 
 
 @pytest.mark.parametrize(

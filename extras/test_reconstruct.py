@@ -39,14 +39,14 @@ def test_the_pictures_are_diffusers_own(tmp_path, guidance):
     """Its pipeline, with the same latents, the condition as prompt and the empty text as the negative one."""
     write_run(tmp_path)
     run = reconstruct.load_run(str(tmp_path), CPU)
-    run.diffusion.text = torch.randn(run.diffusion.text.shape, generator=torch.manual_seed(0))
-    condition, noise = torch.randn(2, *run.diffusion.text.shape[1:]), run.noise(2, seed=4)
+    run.diffusion.text_embedding = torch.randn(run.diffusion.text_embedding.shape, generator=torch.manual_seed(0))
+    condition, noise = torch.randn(2, *run.diffusion.text_embedding.shape[1:]), run.noise(2, seed=4)
     pipe = StableDiffusionPipeline.from_pretrained(f"{MINIATURE}/diffusion", torch_dtype=torch.float32)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     with torch.no_grad():
         expected = pipe(
-            prompt_embeds=condition, negative_prompt_embeds=run.diffusion.text.expand(2, -1, -1), latents=noise,
+            prompt_embeds=condition, negative_prompt_embeds=run.diffusion.text_embedding.expand(2, -1, -1), latents=noise,
             num_inference_steps=6, guidance_scale=guidance, output_type="pt",
         ).images  # fmt: skip
     found = run.draw(condition, noise, steps=6, guidance=guidance)
@@ -63,9 +63,9 @@ def test_the_conditions_differ_by_the_tower_alone(tmp_path):
     for found, weights in ((before, clip.model.visual.state_dict()), (after, tower)):
         clip.model.visual.load_state_dict(weights)
         with torch.no_grad():
-            cls, local = visual_tokens(clip.model.visual, clip.prepare(images))
+            cls, local = visual_tokens(clip.model.visual, clip.preprocess_batch(images))
         tokens = torch.cat([cls[:, None], local], 1).double()
-        expected = tokens @ layer["weight"].double().T + layer["bias"] + run.diffusion.text.double().mean(1)
+        expected = tokens @ layer["weight"].double().T + layer["bias"] + run.diffusion.text_embedding.double().mean(1)
         assert torch.allclose(found.double(), expected, atol=1e-4)
     assert (before - after).abs().max() > 0.1
 

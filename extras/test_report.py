@@ -17,7 +17,7 @@ from PIL import Image
 
 from evaluate_mmvp import EMBEDDINGS, compare
 from extras import report
-from harness.errors import UserError, one_sentence
+from harness.errors import UserError, exit_on_user_error
 from harness.mmvp import read_mmvp
 from harness.recipes import RECIPES, TYPES
 from harness.scores import interval, mcnemar, verdict
@@ -143,7 +143,7 @@ def test_what_a_run_did_is_said_and_what_is_not_the_papers(tmp_path):
     code = [code, code | {"step": 2, "train.py": "cc"}]
     for said, out in (
         ("the method is DIVA's (arXiv 2407.20171).", write_run(tmp_path / "paper")),
-        ("--freeze-projection; --pull 0.03", write_run(tmp_path / "miniature", recipe="miniature")),
+        ("--freeze-projection; --ldifs 0.03", write_run(tmp_path / "miniature", recipe="miniature")),
         ("but for: from step 2 on with another train.py.", write_run(tmp_path / "code", code=code)),
         ("random at the start", write_run(tmp_path / "random", mmvp, random_weights=True)),
     ):
@@ -236,7 +236,7 @@ def test_no_report_of_what_no_run_wrote(tmp_path, capsys, name, old, new, messag
     out = write_run(tmp_path / "run", write_mmvp(tmp_path / "mmvp"))
     (out / "report.html").write_text("the last one")
     (out / name).write_text(re.sub(old, new, (out / name).read_text()))
-    with pytest.raises(SystemExit) as stop, one_sentence("report.py"):
+    with pytest.raises(SystemExit) as stop, exit_on_user_error("report.py"):
         report.main([str(out)])
     said = capsys.readouterr().err
     assert stop.value.code == 2 and said.count("\n") == 1 and re.search(message, said)

@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from harness.errors import UserError, fail, one_sentence
+from harness.errors import UserError, exit_on_user_error, usage_error
 from harness.recipes import locate_clip
 from harness.scores import mcnemar
 from harness.sources import ImageFiles
@@ -58,7 +58,7 @@ def read_pictures(clip: Clip, paths: Sequence[str], batch_size: int = 64) -> Ite
     bar = tqdm(total=len(paths), desc="pictures", unit="picture", leave=False, delay=1)
     with bar, ThreadPoolExecutor() as pool:  # a GPU encodes faster than one core reads
         for start in range(0, len(paths), batch_size):
-            batch = list(pool.map(clip.read, paths[start : start + batch_size]))
+            batch = list(pool.map(clip.preprocess_file, paths[start : start + batch_size]))
             yield torch.stack(batch)
             bar.update(len(batch))
 
@@ -105,7 +105,7 @@ def change(before: np.ndarray, after: np.ndarray) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Zero-shot accuracy of any CLIPs on a folder of pictures.")
-    parser.error = fail
+    parser.error = usage_error
     clips = "recipes, ARCH:TAG of open_clip, hf-hub:OWNER/NAME or folders; CLIP@WEIGHTS too; changes are from the first"
     parser.add_argument("clips", nargs="+", metavar="CLIP", help=clips)
     parser.add_argument("--data", required=True, metavar="FOLDER", help="a subfolder for each class, named after it")
@@ -129,5 +129,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with one_sentence("zero_shot.py"):
+    with exit_on_user_error("zero_shot.py"):
         main()

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from harness.errors import UserError, brief
+from harness.errors import UserError, one_line
 from harness.files import replaced_folder
 
 
@@ -45,7 +45,7 @@ def read_state(folder: str | os.PathLike) -> dict | None:
         if not whole or min(state["step"], state["unreadable"]) < 0 or type(state["code"][-1]) is not dict:
             raise ValueError("not what a run writes")
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise UserError(f"{folder}/state.json: cannot be read ({brief(error)}); remove the run to start anew") from None
+        raise UserError(f"{folder}/state.json: cannot be read ({one_line(error)}); remove the run to start anew") from None
     return state
 
 
@@ -68,4 +68,4 @@ def load_checkpoint(folder: str | os.PathLike, module: torch.nn.Module, optimize
                 saved["state"].setdefault(int(i), {})[key] = value
             optimizer.load_state_dict(saved)
     except Exception as error:  # safetensors and torch raise their own
-        raise UserError(f"{folder}: cannot be read ({brief(error)}); remove the run to start anew") from None
+        raise UserError(f"{folder}: cannot be read ({one_line(error)}); remove the run to start anew") from None

@@ -24,18 +24,18 @@ class Stopped(UserError):
         self.exit_code = 128 + signal
 
 
-def fail(message: str) -> None:
+def usage_error(message: str) -> None:
     """Raises UserError; an ArgumentParser's `error`, so that its sentence comes without the usage in front of it."""
     raise UserError(f"{message}; --help lists the options")
 
 
-def say(sentence: str) -> None:
+def warn(sentence: str) -> None:
     """Tells the user, on stderr and once for all processes, what a run does otherwise than it was told."""
     if os.environ.get("RANK", "0") == "0":
         print(sentence, file=sys.stderr, flush=True)
 
 
-def brief(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """An exception's message in one line of at most 400 characters: libraries write paragraphs."""
     message = " ".join(str(error).split())
     if not re.search("[a-z]", message):  # nothing, or a number
@@ -44,7 +44,7 @@ def brief(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def one_sentence(command: str, less_memory: str = "close other programs"):
+def exit_on_user_error(command: str, less_memory: str = "close other programs"):
     """Ends `command` on a user's mistake, or on what the machine refuses (OSError), with its sentence on stderr.
 
     Exit code 2; 128 and its number for a signal; 1 where another process has died. A bug keeps its traceback.

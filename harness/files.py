@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from harness.errors import UserError, brief
+from harness.errors import UserError, one_line
 
 
 @contextlib.contextmanager
@@ -38,12 +38,12 @@ def replaced_folder(folder: str | os.PathLike):
         shutil.rmtree(new, ignore_errors=True)
         if isinstance(error, UserError) or not isinstance(error, Exception):  # the block's own sentence, or Ctrl-C
             raise
-        raise UserError(f"{folder} could not be written: {brief(error)}; what it held before is whole") from error
+        raise UserError(f"{folder} could not be written: {one_line(error)}; what it held before is whole") from error
     if replaced:  # else the old one is not ours
         shutil.rmtree(old, ignore_errors=True)
 
 
-def write_whole(path: Path, content: str) -> None:
+def write_atomically(path: Path, content: str) -> None:
     """Writes a text file by way of PATH.part."""
     part = path.with_suffix(".part")
     try:
@@ -77,7 +77,7 @@ def check_renames(folder: Path) -> None:
     except OSError as error:
         shutil.rmtree(new, ignore_errors=True)
         raise UserError(
-            f"--out {folder}: its disk cannot rename folders ({brief(error)}), so no run can be kept"
+            f"--out {folder}: its disk cannot rename folders ({one_line(error)}), so no run can be kept"
         ) from None
 
 

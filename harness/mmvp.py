@@ -8,7 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from harness.errors import UserError, brief
+from harness.errors import UserError, one_line
 
 IMAGE_FOLDERS = ("MLLM_VLM Images", "MLLM_VLM_Images", "MMVP_VLM_Images")
 
@@ -42,7 +42,7 @@ def read_mmvp(source: str) -> list[Pair]:
             reader = csv.reader(file, strict=True)
             rows = [(reader.line_num, *(cell.strip() for cell in row)) for row in reader if row]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{questions}: cannot be read ({brief(error)})") from None
+        raise UserError(f"{questions}: cannot be read ({one_line(error)})") from None
 
     def refuse_if(wrong, number: int, why: str) -> None:
         if wrong:
@@ -79,7 +79,7 @@ def find_mmvp(source: str) -> Path:
     try:
         return Path(snapshot_download(source, repo_type="dataset"))
     except Exception as error:  # the hub's client raises many kinds
-        raise UserError(f"data set {source} could not be fetched from the hub: {brief(error)}") from error
+        raise UserError(f"data set {source} could not be fetched from the hub: {one_line(error)}") from error
 
 
 def type_folder(root: Path, name: str) -> Path | None:

@@ -8,7 +8,7 @@ import re
 from dataclasses import asdict
 from functools import partial
 
-from harness.errors import UserError, fail, say
+from harness.errors import UserError, usage_error, warn
 from harness.files import check_writable
 from harness.recipes import RECIPES, Recipe, check_diffusion, locate_clip, parse_timesteps
 
@@ -52,7 +52,7 @@ def make_parser(recipe: str) -> argparse.ArgumentParser:
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32),
         allow_abbrev=False,
     )
-    parser.error = fail
+    parser.error = usage_error
     add = parser.add_argument_group("the run").add_argument
     add("--recipe", default=recipe, metavar="NAME", help="the row of the table to start from (%(default)s)")
     data = " ".join(row.data or ["no default"])
@@ -74,7 +74,7 @@ def make_parser(recipe: str) -> argparse.ArgumentParser:
     add("--projection-lr", type=factor, metavar="X", help="their peak learning rate (%(default)s)")
     add("--freeze-projection", action=argparse.BooleanOptionalAction, help="after them it stays as it is (%(default)s)")
     add("--optimizer", choices=("sgd", "adamw"), help="the paper's SGD, or AdamW (%(default)s)")
-    add("--pull", type=factor, metavar="X", help="how strongly CLIP is held near to the untouched one (%(default)s)")
+    add("--ldifs", type=factor, metavar="X", help="how strongly CLIP is held near to the untouched one (%(default)s)")
     add = parser.add_argument_group("training").add_argument
     add("--steps", type=count, metavar="N", help="optimizer steps (%(default)s)")
     add("--batch-size", type=count, metavar="N", help="images per step, over all processes (%(default)s)")
@@ -104,7 +104,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         UserError: what the arguments alone show to be wrong.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.error = fail
+    first.error = usage_error
     first.add_argument("--recipe", default="miniature")
     recipe = first.parse_known_args(argv)[0].recipe
     if recipe not in RECIPES:
@@ -116,12 +116,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     processes = count_processes()
     check_args(args, processes)
     if args.random_weights and args.projection == "fitted":
-        say("--random-weights: the linear layer starts at random too, as no text encoder has learnt anything")
+        warn("--random-weights: the linear layer starts at random too, as no text encoder has learnt anything")
         args.projection = "random"
     share = args.batch_size // processes
     micro_batch = largest_divisor(share, args.micro_batch)
     if micro_batch < min(share, args.micro_batch):
-        say(
+        warn(
             f"--micro-batch {args.micro_batch}: does not divide the {share} images of a process, so it is {micro_batch}"
         )
     args.micro_batch = micro_batch
@@ -175,7 +175,7 @@ def check_args(args: argparse.Namespace, processes: int) -> None:
         raise UserError("--data synthetic: the linear layer would be fitted to noise; use --projection random")
     if args.projection_steps > args.steps:
         raise UserError(f"--projection-steps {args.projection_steps}: are a part of the {args.steps} --steps")
-    parse_timesteps(args.timesteps)
+    args.timesteps = parse_timesteps(args.timesteps)
     locate_clip(args.clip, args.random_weights)
     check_diffusion(args.diffusion)
     if args.random_weights and not os.path.isdir(args.diffusion) and args.diffusion != Recipe.diffusion:

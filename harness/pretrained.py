@@ -16,7 +16,7 @@ import transformers
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from open_clip.pretrained import get_pretrained_cfg
 
-from harness.errors import UserError, brief
+from harness.errors import UserError, one_line
 from harness.recipes import locate_clip, split_weights
 from harness.tensors import first_of, refuse_placeholder
 
@@ -54,7 +54,7 @@ def loading(what: str, way_out: str = ""):
         with quiet():
             yield
     except Exception as error:
-        raise UserError(f"{what} could not be loaded: {brief(error)}{way_out}") from error
+        raise UserError(f"{what} could not be loaded: {one_line(error)}{way_out}") from error
 
 
 def clip_options(name: str, random_weights: bool) -> tuple[str, dict, list[str]]:
@@ -116,13 +116,13 @@ def load_part(kind: type, name: str, part: str, **options) -> torch.nn.Module:
                 for file in folder.glob("*.safetensors" if form["use_safetensors"] else "*.bin"):
                     refuse_placeholder(file)
                 pickled = isinstance(error, pickle.UnpicklingError)  # its message advises to execute them
-                reason = "holds pickled objects that are no tensors" if pickled else brief(error)
+                reason = "holds pickled objects that are no tensors" if pickled else one_line(error)
                 raise UserError(f"its {part}: {reason}") from error
             missing = missing or error
     else:
         others = sorted(path.name for path in folder.glob("*") if path.suffix != ".json")
         way_out = f" Give that name to the right one of {', '.join(others)}" if others else ""
-        raise UserError(f"its {part}: {brief(missing)}{way_out}")
+        raise UserError(f"its {part}: {one_line(missing)}{way_out}")
     mismatched = [key for key, *_ in report["mismatched_keys"]]
     for keys, problem in (
         (report["missing_keys"], "has no {}"),

@@ -5,6 +5,7 @@ import datetime
 import os
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
@@ -13,7 +14,7 @@ from harness.errors import UserError
 
 
 @contextlib.contextmanager
-def joined_processes() -> Iterator[torch.device]:
+def process_group() -> Iterator[torch.device]:
     """Joins torchrun's process group, or makes a group of one, for the block; yields this process's device.
 
     Raises:
@@ -45,27 +46,26 @@ def joined_processes() -> Iterator[torch.device]:
 
 
 @contextlib.contextmanager
-def main_first() -> Iterator[bool]:
-    """The main process goes through the block before the others, which find what it has checked and indexed.
-
-    Yields whether this is the main process.
-    """
-    main = dist.get_rank() == 0
-    if not main:
+def rank_zero_first() -> Iterator[bool]:
+    """Rank 0 runs the block before the other ranks do; yields whether this is rank 0."""
+    is_rank_zero = dist.get_rank() == 0
+    if not is_rank_zero:
         dist.barrier()
-    yield main
-    if main:
+    yield is_rank_zero
+    if is_rank_zero:
         dist.barrier()
 
 
-def everyone(mine) -> list:
-    """A value of each process, in all of them."""
+def all_gather_object(value) -> list:
+    """The `value` of every process, in rank order."""
     values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, mine)
+    dist.all_gather_object(values, value)
     return values
 
 
-def copy_to(device: torch.device, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """Copies on `device`, made without waiting for it; None stays None."""
-    pinned = [t.pin_memory() if device.type == "cuda" and t is not None else t for t in tensors]
-    return [t if t is None else t.to(device, non_blocking=True) for t in pinned]
+def copy_to_device(tensor: torch.Tensor | np.ndarray, device: torch.device) -> torch.Tensor:
+    """A copy on `device`, without waiting for what a GPU is computing."""
+    tensor = torch.as_tensor(tensor)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

@@ -49,7 +49,7 @@ class Recipe:
     projection_steps: int = 0  # the first steps, which train the linear layer alone
     projection_lr: float = 1e-3  # their peak learning rate
     freeze_projection: bool = False  # after them
-    pull: float = 0.0  # toward the untouched CLIP
+    ldifs: float = 0.0  # toward the untouched CLIP
 
 
 IN_THE_PAPERS_WAY = Recipe(  # on the miniature; the sum of its rates is that of 4,600 steps of 1e-4
@@ -60,7 +60,7 @@ IN_THE_PAPERS_WAY = Recipe(  # on the miniature; the sum of its rates is that of
 RECIPES = {
     "miniature": replace(  # the paper's method, but for these: see beyond.py and miniature/README.md
         IN_THE_PAPERS_WAY, lr=1e-3, warmup=0.03,
-        timesteps="500:1000", optimizer="adamw", projection="fitted", freeze_projection=True, pull=0.03,
+        timesteps="500:1000", optimizer="adamw", projection="fitted", freeze_projection=True, ldifs=0.03,
     ),
     "miniature-paper": IN_THE_PAPERS_WAY,
     "openai-vit-l-14-224": Recipe("ViT-L-14-quickgelu:openai", "random:76", "positions", (19.3, 25.9), "random:76"),
@@ -96,7 +96,7 @@ BASELINES = {  # the untouched CLIPs on MMVP-VLM by type, as published, in perce
 def beyond_the_paper(settings: dict) -> list[str]:
     """The options by which a run does what the paper does not; none for the paper's recipes."""
     options = []
-    for key in ("timesteps", "optimizer", "projection", "projection_steps", "freeze_projection", "pull"):
+    for key in ("timesteps", "optimizer", "projection", "projection_steps", "freeze_projection", "ldifs"):
         if settings[key] != getattr(Recipe, key):
             flag = f"--{key.replace('_', '-')}"
             options.append(flag if settings[key] is True else f"{flag} {settings[key]}")

@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 from harness.checkpoint import load_checkpoint, read_state, save_checkpoint
 from harness.errors import Stopped, UserError
-from harness.files import check_renames, replaced_folder, synchronise, write_whole
+from harness.files import check_renames, replaced_folder, synchronise, write_atomically
 from harness.options import MAY_CHANGE_ON_RESUME
-from harness.processes import everyone
+from harness.processes import all_gather_object
 from harness.recipes import beyond_the_paper, recipe_of
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # what clusters and people send to end a run
@@ -36,7 +36,7 @@ class Run:
     """`first_step` is where the run goes on, `finished` whether there is nothing left to do.
 
     Made once the images are found; then `started` around the training, `restore` for each optimizer, for each step
-    `note` (a micro-batch), `log` and `save`, and `end`.
+    `record` (a micro-batch), `log` and `save`, and `end`.
     """
 
     def __init__(self, args: argparse.Namespace, images: str):
@@ -57,7 +57,7 @@ class Run:
         self.finished = self.first_step == args.steps and scored
         if self.first_step:
             self.refuse_another_run(state)
-        if len(set(everyone((self.first_step, self.images, self.finished)))) > 1:
+        if len(set(all_gather_object((self.first_step, self.images, self.finished)))) > 1:
             raise UserError("steps taken or images differ between processes; all need the same --out and --data")
         if self.finished and self.main:
             print(f"{self.out}: this run is finished; remove that folder to start anew")
@@ -104,9 +104,9 @@ class Run:
             packages = ("torch", "open_clip_torch", "diffusers", "transformers")
             versions = {name: importlib.metadata.version(name) for name in packages}
             content = vars(self.args) | dict(versions=versions, code=self.codes)
-            write_whole(self.out / "args.json", json.dumps(content, indent=2) + "\n")
+            write_atomically(self.out / "args.json", json.dumps(content, indent=2) + "\n")
             if self.metrics.exists():  # the lines after the checkpoint come again
-                write_whole(self.metrics, "".join(self.metrics.read_text().splitlines(True)[: self.first_step]))
+                write_atomically(self.metrics, "".join(self.metrics.read_text().splitlines(True)[: self.first_step]))
             print(plan(self.args, self.first_step, clip, diffusion, conditioner, images), flush=True)
         handlers = [signal.signal(number, self.ask_to_stop) for number in SIGNALS]
         batch, every = self.args.batch_size, 0.5 if sys.stderr.isatty() else 30  # seconds: a log file needs no more
@@ -130,7 +130,7 @@ class Run:
             load_checkpoint(self.out / "checkpoint", self.conditioner, same)
         self.time = time.perf_counter()
 
-    def note(self, loss: torch.Tensor, batch: dict) -> None:
+    def record(self, loss: torch.Tensor, batch: dict) -> None:
         """Keeps a micro-batch's loss, and the names of the images that could not be read, for `log`."""
         self.began = True
         self.losses.append(loss.detach())
@@ -149,13 +149,13 @@ class Run:
         dist.all_reduce(sums)
         loss, unread, grad_norm = torch.cat([sums, grad_norm[None]]).tolist()
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            where = [str(rank) for rank, value in enumerate(everyone(float(mine))) if not math.isfinite(value)]
+            where = [str(rank) for rank, value in enumerate(all_gather_object(float(mine))) if not math.isfinite(value)]
             process = f" (process {', '.join(where)})" if where else ""
             raise UserError(
                 f"step {step}: the loss is {loss}, its gradient's norm {grad_norm}{process}; this step was not taken, "
                 f"and what was saved before is in {self.out}"
             )
-        names = sum(everyone(passed_over), []) if unread else []
+        names = sum(all_gather_object(passed_over), []) if unread else []
         self.names, self.unreadable = (self.names + names)[:3], self.unreadable + len(names)
         reads = (step + 1) * self.args.batch_size + self.unreadable
         if reads >= 100 and self.unreadable * 10 > reads:
@@ -244,7 +244,7 @@ def plan(args: argparse.Namespace, first_step: int, clip, diffusion, conditioner
     tower, linear = (
         sum(p.numel() for p in module.parameters()) / 1e6 for module in (conditioner.visual, conditioner.projection)
     )
-    processes, slow, device = dist.get_world_size(), "", diffusion.text.device
+    processes, slow, device = dist.get_world_size(), "", diffusion.text_embedding.device
     accumulated, tokens = args.batch_size // (args.micro_batch * processes), 1 + conditioner.recap.count
     if device.type == "cpu" and images.size >= 256:
         slow = f"; slow on a CPU: about {args.batch_size * 5 * (images.size / 512) ** 2:,.0f} TFLOP a step"

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from harness.errors import UserError, brief
+from harness.errors import UserError, one_line
 
 IMAGE_SUFFIXES = {  # Pillow reads them by itself; "": dumps of the web have images without a suffix
     "", ".apng", ".avif", ".avifs", ".bmp", ".dds", ".dib", ".gif", ".icns", ".ico", ".j2c", ".j2k", ".jfif", ".jp2",
@@ -26,6 +26,23 @@ def is_image(name: str) -> bool:
     """By its suffix; hidden files (such as macOS's `._a.jpg`) do not count."""
     name = os.path.basename(name)
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")
+
+
+def find_sources(source: Sequence[str], progress: bool = True) -> "ImageFiles | Shards":
+    """One folder of images, or shards given as paths, globs or lists in braces.
+
+    Raises:
+        UserError: a path does not exist, contains no image, or is not a plain tar file.
+    """
+    paths = [path for name in source for path in named_paths(name)]
+    missing = [path for path in paths if not os.path.isfile(path) and not os.path.isdir(path)]
+    if missing:
+        names = ", ".join(missing[:20]) + (f" and {len(missing) - 20:,} more" if len(missing) > 20 else "")
+        raise UserError(f"{names}: no such file or folder (--data takes a folder, shards or a glob of shards)")
+    folders = [path for path in paths if os.path.isdir(path)]
+    if folders and len(paths) > 1:
+        raise UserError(f"{folders[0]}: a folder among shards; --data takes one folder of images, or only shards")
+    return ImageFiles(paths[0]) if folders else Shards(paths, progress)
 
 
 def named_paths(name: str) -> Iterator[str]:
@@ -163,7 +180,7 @@ def shard_index(path: str) -> np.ndarray:
                 return index[1:]
         members = find_images(path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({brief(error)})") from None
+        raise UserError(f"{path}: cannot be read ({one_line(error)})") from None
 
     part = cache.with_suffix(f".{os.getpid()}")
     with contextlib.suppress(OSError):  # a read-only place or a full disk: the next start is slower, no more
@@ -204,7 +221,7 @@ def find_images(path: str) -> np.ndarray:
                         tar.members.clear()  # it keeps a kilobyte of each
                 start = next_tar(file, tar.offset)
         except Exception as error:  # tarfile raises more than its own kind on a broken header
-            raise UserError(f"{path}: not a whole tar file ({brief(error)}); fetch it again") from None
+            raise UserError(f"{path}: not a whole tar file ({one_line(error)}); fetch it again") from None
     return np.array(rows, dtype=np.int64).reshape(-1, 2)
 
 

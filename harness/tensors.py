@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import hf_hub_download, snapshot_download
 from safetensors.torch import load_file
 
-from harness.errors import UserError, brief
+from harness.errors import UserError, one_line
 
 NO_WEIGHTS = re.compile(r"(.*\.)?(input_resolution|context_length|vocab_size|position_ids)")  # OpenAI's, transformers'
 WRAPPERS = re.compile(r"_(orig_mod|(fsdp|checkpoint)_wrapped_module)\.")  # torch's, of single blocks
@@ -83,7 +83,7 @@ def read_file(file: Path) -> dict:
     except pickle.UnpicklingError:  # its message advises to execute them
         raise UserError(f"{file}: holds pickled objects that are no tensors; nothing pickled is executed") from None
     except Exception as error:  # whatever torch and safetensors make of a broken file
-        raise UserError(f"{file}: could not be read as weights: {brief(error).split('. ')[0]}") from error
+        raise UserError(f"{file}: could not be read as weights: {one_line(error).split('. ')[0]}") from error
 
 
 def refuse_placeholder(file: Path) -> None:
@@ -132,4 +132,4 @@ def fetch(source: str) -> Path:
             return Path(hf_hub_download(f"{owner}/{name}", path))
         return Path(snapshot_download(f"{owner}/{name}", allow_patterns=f"{path}/*model*")) / path
     except Exception as error:  # the hub's client raises many kinds
-        raise UserError(f"{source} could not be fetched from the hub: {brief(error)}") from error
+        raise UserError(f"{source} could not be fetched from the hub: {one_line(error)}") from error

@@ -24,7 +24,7 @@ import evaluate_mmvp
 import model
 from condition import parse_recap
 from harness.checkpoint import load_checkpoint, read_state, save_checkpoint
-from harness.errors import Stopped, UserError, one_sentence
+from harness.errors import Stopped, UserError, exit_on_user_error
 from harness.mmvp import Pair, read_mmvp
 from harness.options import parse_args
 from harness.recipes import MINIATURE, SD21, SD21_MIRROR
@@ -279,21 +279,21 @@ def test_a_benchmarks_broken_picture_is_named(tmp_path):
     ],
 )
 def test_a_command_ends_in_a_sentence(capsys, error, code, said):
-    with pytest.raises(SystemExit) as end, one_sentence("command", "use less"):
+    with pytest.raises(SystemExit) as end, exit_on_user_error("command", "use less"):
         raise error
     assert end.value.code == code and capsys.readouterr().err == f"{said}\n"
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes differ"), ValueError("x"), AssertionError()])
 def test_a_bug_keeps_its_traceback(error):
-    with pytest.raises(type(error)), one_sentence("command"):
+    with pytest.raises(type(error)), exit_on_user_error("command"):
         raise error
 
 
 def test_a_terminal_that_cannot_show_a_letter_ends_nothing(monkeypatch):
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
     monkeypatch.setattr(sys, "stdout", terminal)
-    with one_sentence("command"):
+    with exit_on_user_error("command"):
         print("θ at 64²")
     terminal.flush()
     assert terminal.buffer.getvalue() == "? at 64²\n".encode("latin-1")

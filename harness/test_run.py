@@ -31,7 +31,7 @@ import harness.run
 import model
 import train
 from harness.errors import Stopped
-from harness.processes import joined_processes
+from harness.processes import process_group
 from harness.recipes import MINIATURE, RECIPES, beyond_the_paper
 from harness.test_input import refused
 
@@ -78,8 +78,8 @@ def test_a_run_says_what_it_is_about_to_do_and_what_to_do_next(tmp_path, capfd):
         f"python extras/export.py {out}/clip DIR",
         f"python extras/report.py {out}",
     ]
-    args = settings(out, "--timesteps 500:1000 --optimizer adamw --pull 0.05 --projection fitted --projection-steps 2")
-    expected = "--timesteps 500:1000 --optimizer adamw --projection fitted --projection-steps 2 --pull 0.05"
+    args = settings(out, "--timesteps 500:1000 --optimizer adamw --ldifs 0.05 --projection fitted --projection-steps 2")
+    expected = "--timesteps 500:1000 --optimizer adamw --projection fitted --projection-steps 2 --ldifs 0.05"
     assert " ".join(beyond_the_paper(vars(args))) == expected
 
 
@@ -370,7 +370,7 @@ def test_a_restart_has_keys_of_its_own(monkeypatch):
     monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
     for name, value in dict(RANK=0, WORLD_SIZE=1, LOCAL_WORLD_SIZE=1, TORCHELASTIC_RESTART_COUNT=3).items():
         monkeypatch.setenv(name, f"{value}")
-    with joined_processes():
+    with process_group():
         stores[0].set("address", "new")
     assert kept.get("3/address") == b"new"
 
@@ -403,11 +403,11 @@ def faulty(script: Path, fault: str) -> Path:
     script.write_text(
         f"import os, sys, time; sys.path.insert(0, os.getcwd())\n"
         f"import data, train\n"
-        f"from harness.errors import one_sentence\n"
+        f"from harness.errors import exit_on_user_error\n"
         f"from harness.options import parse_args\n"
-        f"from harness.processes import joined_processes\n"
+        f"from harness.processes import process_group\n"
         f"{fault}\n"
-        f"with one_sentence('train.py'), joined_processes() as device: train.train(parse_args(), device)\n"
+        f"with exit_on_user_error('train.py'), process_group() as device: train.train(parse_args(), device)\n"
     )
     return script
 

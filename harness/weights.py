@@ -18,7 +18,7 @@ import re
 
 import torch
 
-from harness.errors import UserError, brief, say
+from harness.errors import UserError, one_line, warn
 from harness.tensors import Tensors, first_of, read_tensors
 
 NAMES = [  # of open_clip and of timm → of transformers, one after the other
@@ -69,7 +69,7 @@ def replace_weights(model: torch.nn.Module, source: str, whole: bool = False) ->
     if whole and len(weights) < len(before):
         raise UserError(f"{source}: holds the vision tower alone; for a text tower, name ARCH:TAG before the @")
     if not whole and all(torch.equal(value, before[name]) for name, value in weights.items()):
-        say(f"{source}: the same weights as this CLIP's own")
+        warn(f"{source}: the same weights as this CLIP's own")
     model.load_state_dict(weights, strict=False)  # what is missing is the text tower, or nothing
 
 
@@ -86,7 +86,7 @@ def read_weights(source: str, model: torch.nn.Module) -> Tensors:
         try:
             tensors = from_transformers(tensors, list(expected))
         except RuntimeError as error:  # parts that cannot be joined
-            raise UserError(f"{source}: does not fit: {brief(error)}") from error
+            raise UserError(f"{source}: does not fit: {one_line(error)}") from error
     else:
         names = {name.removeprefix("text."): name for name in expected}  # nested in some of open_clip's CLIPs
         tensors = {names.get(name.removeprefix("text."), name): value for name, value in tensors.items()}
@@ -128,7 +128,7 @@ def find_clip(source: str, tensors: Tensors) -> Tensors:
     prefix, lacking = prefixes.popitem()
     aside = sorted({beginning(name, prefix) for name in tensors if not name.startswith(prefix)})
     if aside:
-        say(f"{source}: the CLIP is {prefix}*; left aside: {', '.join(aside)}")
+        warn(f"{source}: the CLIP is {prefix}*; left aside: {', '.join(aside)}")
     return {lacking + name.removeprefix(prefix): v for name, v in tensors.items() if name.startswith(prefix)}
 
 

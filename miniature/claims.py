@@ -34,7 +34,7 @@ from tqdm import tqdm
 from condition import visual_tokens
 from evaluate_mmvp import EMBEDDINGS, pairs_right, similarities
 from extras.zero_shot import classify
-from harness.errors import UserError, fail, one_sentence
+from harness.errors import UserError, exit_on_user_error, usage_error
 from harness.mmvp import read_mmvp
 from harness.recipes import MINIATURE, locate_clip
 from harness.scores import type_names
@@ -77,7 +77,7 @@ def measure(clip: Clip, drawn: tuple, pairs: list, fitted: int) -> dict[str, np.
     for embedding, right in zip(EMBEDDINGS, pairs_right(similarities(clip, pairs, make.DEVICE, batch_size=250))):
         rows[f"pair score, {embedding}"] = np.stack([types & right[:, None], types], -1)
 
-    batches = torch.stack([clip.preprocess(picture) for picture in pictures]).split(250)
+    batches = torch.stack([clip.preprocess_image(picture) for picture in pictures]).split(250)
     found = [visual_tokens(clip.model.visual, b.to(make.DEVICE)) for b in tqdm(batches, desc="encode", leave=False)]
     cls, local = (torch.cat(tokens).cpu() for tokens in zip(*found))  # (scenes, D), (scenes, 64, D)
     everything = torch.cat([cls[:, None], local], 1)
@@ -140,7 +140,7 @@ def table(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="The four claims of the paper's abstract, on unseen scenes.")
-    parser.error = fail
+    parser.error = usage_error
     parser.add_argument("clip", nargs="?", default="runs/miniature/clip", metavar="CLIP", help="(%(default)s)")
     parser.add_argument("--before", default=f"{MINIATURE}/clip", metavar="CLIP", help="the untouched one (%(default)s)")
     args = parser.parse_args()
@@ -161,5 +161,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with one_sentence("claims.py"):
+    with exit_on_user_error("claims.py"):
         main()

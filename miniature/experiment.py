@@ -29,10 +29,10 @@ from tqdm import tqdm
 import make
 import train
 from evaluate_mmvp import pairs_right, similarities
-from harness.errors import UserError, fail, one_sentence
+from harness.errors import UserError, exit_on_user_error, usage_error
 from harness.mmvp import read_mmvp
 from harness.options import parse_args
-from harness.processes import joined_processes
+from harness.processes import process_group
 from harness.recipes import MINIATURE
 from harness.scores import type_names, type_scores
 from model import load_clip
@@ -41,7 +41,7 @@ PAPER = "--recipe miniature-paper"
 ROWS = {  # what each changes in the recipe
     "as the recipe": "",
     "as the recipe, another image": "",  # the control: each image is judged by the condition of the one before it
-    "no pull": "--pull 0",
+    "no pull": "--ldifs 0",
     "t uniform": "--timesteps 0:1000",
     "SGD, lr 0.3": "--optimizer sgd --lr 0.3",
     "layer trained along": "--no-freeze-projection",
@@ -96,7 +96,7 @@ def feedback(row: str, seed: int, work: Path) -> list[float]:
         train.denoising_loss = lambda diffusion, latents, condition, *drawn: loss(
             diffusion, latents, condition.roll(1, 0), *drawn
         )
-    with joined_processes() as device:
+    with process_group() as device:
         train.train(args, device)
     train.denoising_loss = loss
     losses = [json.loads(line)["loss"] for line in (work / "metrics.jsonl").read_text().splitlines()]
@@ -156,7 +156,7 @@ def benchmark(out: Path, pairs: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.error = fail
+    parser.error = usage_error
     parser.add_argument("--rows", nargs="+", default=list(ROWS), metavar="ROW", help="which; all, if not given")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5], metavar="N")
     parser.add_argument("--pairs", type=int, default=400, metavar="N", help="of each type, to measure with")
@@ -176,5 +176,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with one_sentence("experiment.py"):
+    with exit_on_user_error("experiment.py"):
         main()

@@ -25,7 +25,7 @@ from claims import change, draw_scenes, score, share
 from tqdm import tqdm
 
 from extras.reconstruct import Reconstruction, load_run
-from harness.errors import UserError, fail, one_sentence
+from harness.errors import UserError, exit_on_user_error, usage_error
 from model import embed_texts
 
 
@@ -57,7 +57,7 @@ def table(scenes: np.ndarray, reads: list[np.ndarray]) -> str:
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description="What the pictures keep that φ draws from CLIP's condition.")
-    parser.error = fail
+    parser.error = usage_error
     parser.add_argument("run", nargs="?", default="runs/miniature", metavar="RUN", help="a run's folder (%(default)s)")
     parser.add_argument("--scenes", type=int, default=300, metavar="N", help="how many are drawn (%(default)s)")
     parser.add_argument("--steps", type=int, default=25, metavar="N", help="of DDIM (%(default)s)")
@@ -84,5 +84,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with one_sentence("keeps.py"):
+    with exit_on_user_error("keeps.py"):
         main()

@@ -69,7 +69,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import random_crop_box
 from evaluate_mmvp import EMBEDDINGS, pairs_right, similarities
-from harness.errors import UserError, fail, one_sentence
+from harness.errors import UserError, exit_on_user_error, usage_error
 from harness.mmvp import read_mmvp
 from harness.scores import average, interval
 from harness.weights import to_transformers
@@ -578,7 +578,7 @@ def end_token(pipe: StableDiffusionPipeline, scenes: np.ndarray, latents: torch.
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Makes the miniature world and its models from nothing.")
-    parser.error = fail  # a sentence, without the usage in front of it
+    parser.error = usage_error  # a sentence, without the usage in front of it
     parts = parser.add_subparsers(dest="part", required=True, metavar="PART")
     helps = dict(
         all="every part below, in this order, then the gates", images="images.tar", mmvp="a benchmark",
@@ -586,7 +586,7 @@ def main() -> None:
     )  # fmt: skip
     for name, text in helps.items():
         part = parts.add_parser(name, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        part.error = fail
+        part.error = usage_error
         if name == "mmvp":
             part.add_argument("out", type=Path, metavar="DIR", help="where it is written")
             part.add_argument("--pairs", type=int, default=100, help="of each type")
@@ -617,5 +617,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with one_sentence("make.py"):
+    with exit_on_user_error("make.py"):
         main()

@@ -69,7 +69,7 @@ def test_each_row_is_what_it_says(small):
     for embedding, right in zip(EMBEDDINGS, pairs_right(similarities(clip, pairs, make.DEVICE))):
         assert score[f"pair score, {embedding}"] == pytest.approx(average(right, types))
 
-    images = torch.stack([clip.preprocess(picture) for picture in pictures])
+    images = torch.stack([clip.preprocess_image(picture) for picture in pictures])
     with torch.no_grad():
         out = clip.model.visual.forward_intermediates(images, indices=1, normalize_intermediates=True)
         local = (out["image_intermediates"][-1].flatten(2).transpose(1, 2) @ clip.model.visual.proj).numpy()

@@ -113,8 +113,8 @@ def test_a_fitted_class_token_says_more_than_the_empty_text(teacher):
     clip, _, conditioner = train.build(args, CPU)
     beyond.fit_projection(args, clip, conditioner, data.TrainingImages(data.open_images(args.data), 64, 4))
     with torch.no_grad():
-        own, _ = conditioner(clip.prepare(pixels), diffusion.text)
-    nothing = diffusion.text[:, None].expand(len(scenes), -1, -1, -1)
+        own, _ = conditioner(clip.preprocess_batch(pixels), diffusion.text_embedding)
+    nothing = diffusion.text_embedding[:, None].expand(len(scenes), -1, -1, -1)
     losses = [unseen_losses(diffusion, latents, c, 500) for c in (own, nothing, own.roll(1, 0))]
     assert clearly_lower(losses[0], losses[1]) and clearly_lower(losses[1], losses[2])
 
@@ -128,8 +128,8 @@ def test_the_linear_layer_alone_learns_to_say_more(teacher, tmp_path):
     torch.manual_seed(0)
     conditioner = VisualCondition(clip, diffusion, parse_recap("none", 64), "mean")
     with torch.no_grad():
-        start, _ = conditioner(clip.prepare(pixels), diffusion.text)
+        start, _ = conditioner(clip.preprocess_batch(pixels), diffusion.text_embedding)
         conditioner.load_state_dict(weights(out))
-        end, _ = conditioner(clip.prepare(pixels), diffusion.text)
+        end, _ = conditioner(clip.preprocess_batch(pixels), diffusion.text_embedding)
     losses = [unseen_losses(diffusion, latents, c, 0) for c in (end, start, end.roll(1, 0))]
     assert clearly_lower(losses[0], losses[1]) and clearly_lower(losses[0], losses[2])
