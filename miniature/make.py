@@ -278,13 +278,21 @@ def fit(name: str, module: torch.nn.Module, loss_of, steps: int, lr: float) -> t
     return module.eval()
 
 
-def make_clip(out: Path, seed: int, steps: int = 450, batch: int = 256) -> None:
+def make_clip(
+    out: Path, seed: int, steps: int = 450, text_width: int = 128, text_layers: int = 2, contrastive: bool = False,
+    batch: int = 256,
+) -> None:  # fmt: skip
     """clip/: a text tower that tells every word apart, then a ViT of 64 patches that learns from captions that name
-    little, by the contrastive loss."""
+    little, by the contrastive loss.
+
+    With `contrastive`, both towers learn together instead, by that loss, from captions that name as much as the
+    diffusion model's; so did the OpenCLIP whose text tower Stable Diffusion 2 reads with.
+    """
     (out / "clip").mkdir(parents=True, exist_ok=True)
     tok = tokenizer(24)
     tok.save_pretrained(out / "clip")
-    text = dict(context_length=24, vocab_size=len(tok), width=128, heads=4, layers=2, hf_tokenizer_name="own")
+    text = dict(context_length=24, vocab_size=len(tok), hf_tokenizer_name="own")
+    text |= dict(width=text_width, heads=text_width // 32, layers=text_layers)
     vision = dict(image_size=SIZE, patch_size=8, width=128, layers=4, head_width=32)
     own = dict(mean=[0.7, 0.65, 0.66], std=[0.24, 0.25, 0.25], interpolation="bicubic", resize_mode="squash")
     config = dict(model_cfg=dict(embed_dim=128, vision_cfg=vision, text_cfg=text), preprocess_cfg=own)
@@ -294,6 +302,7 @@ def make_clip(out: Path, seed: int, steps: int = 450, batch: int = 256) -> None:
     directions = torch.linalg.qr(torch.randn(128, sum(VALUES)))[0].T.to(DEVICE)  # one for each value, orthogonal
     rng = np.random.default_rng(seed)
     scenes, pixels = pool(POOL, seed + 1)
+    names = DIFFUSION_NAMES if contrastive else CLIP_NAMES
 
     def text_loss(clip: torch.nn.Module) -> torch.Tensor:
         """A caption's embedding has the direction of the sum of what it names."""
@@ -303,8 +312,9 @@ def make_clip(out: Path, seed: int, steps: int = 450, batch: int = 256) -> None:
         said = directions[np.cumsum([0, *VALUES[:-1]]) + chosen]  # (batch, 11, 128)
         return 1 - F.cosine_similarity(texts, torch.einsum("bk,bkd->bd", weights, said)).mean()
 
-    fit("clip, text", clip, text_loss, 400, 1e-3)
-    weights = fit_vision("clip", clip, scenes, pixels, CLIP_NAMES, rng, steps, 1e-3, batch).state_dict()
+    if not contrastive:
+        fit("clip, text", clip, text_loss, 400, 1e-3)
+    weights = fit_clip("clip", clip, scenes, pixels, names, rng, steps, 1e-3, batch, text=contrastive).state_dict()
     save_file({k: v.half().contiguous() for k, v in weights.items()}, out / "clip" / "open_clip_model.safetensors")
 
 
@@ -315,12 +325,12 @@ def read(clip: torch.nn.Module, scenes: np.ndarray, names: list[float], rng) -> 
     return named, clip.encode_text(tokens(texts, tokenizer(24)), normalize=True)
 
 
-def fit_vision(name: str, clip: torch.nn.Module, scenes, pixels, names: list[float], rng, steps, lr, batch=256):
-    """Trains the vision tower by CLIP's loss against the text tower as it is; returns the CLIP."""
+def fit_clip(name: str, clip, scenes, pixels, names: list[float], rng, steps, lr, batch=256, text=False):
+    """Trains the vision tower by CLIP's loss, and with `text` the text tower, which else stays; returns the CLIP."""
     mean, std = (torch.tensor(clip.visual.preprocess_cfg[k], device=DEVICE)[:, None, None] for k in ("mean", "std"))
     criterion = open_clip.ClipLoss()
     for key, parameter in clip.named_parameters():
-        parameter.requires_grad_(key.startswith("visual") or key == "logit_scale")
+        parameter.requires_grad_(text or key.startswith("visual") or key == "logit_scale")
 
     def loss(clip: torch.nn.Module) -> torch.Tensor:
         chosen = rng.integers(0, len(scenes), batch)
@@ -328,12 +338,12 @@ def fit_vision(name: str, clip: torch.nn.Module, scenes, pixels, names: list[flo
         images = clip.encode_image((pixels[chosen].to(DEVICE) / 255 - mean) / std, normalize=True)
         return criterion(images, texts, clip.logit_scale.exp())
 
-    return fit(f"{name}, vision", clip.train(), loss, steps, lr)
+    return fit(f"{name}, {'both towers' if text else 'vision'}", clip.train(), loss, steps, lr)
 
 
 def learn_captions(clip: torch.nn.Module, scenes, pixels, seed: int) -> None:
     """What there is to gain: 100 steps of the vision tower on captions that name everything."""
-    fit_vision("captions", clip, scenes, pixels, 10 * [1.0], np.random.default_rng(seed), 100, 1e-4)
+    fit_clip("captions", clip, scenes, pixels, 10 * [1.0], np.random.default_rng(seed), 100, 1e-4)
 
 
 def make_vae(out: Path, seed: int, steps: int = 4500, batch: int = 16) -> None:
@@ -388,15 +398,20 @@ def text_states(text: CLIPTextModel, captions: list[str], tok, alone) -> torch.T
     return torch.cat([states[:, :1], torch.where(alone, end, states[:, 1:])], 1)
 
 
-def make_diffusion(out: Path, seed: int, steps: int = 4500, batch: int = 128) -> None:
+def make_diffusion(
+    out: Path, seed: int, steps: int = 4500, vae: Path | None = None, start: Path | None = None, batch: int = 128
+) -> None:
     """diffusion/: a U-Net that reads CLIP's text tower, by ε-prediction on the VAE's latents.
+
+    `vae` is the folder of a VAE, diffusion/vae if not given. `start` is the folder of a U-Net whose weights are the
+    start where their shapes fit; with a text tower of another width, those of the keys and values do not.
 
     In 55 of 100 captions the end token alone is left, so that it learns to read one token, as Stable Diffusion can
     ("Padding Tone", NAACL 2025).
     """
     clip = load_clip(str(out / "clip"), device=str(DEVICE)).model
     text, tok = text_encoder(clip).to(DEVICE), tokenizer(clip.context_length, pad="<end>")
-    vae = AutoencoderKL.from_pretrained(out / "diffusion" / "vae", torch_dtype=torch.float32).to(DEVICE)
+    vae = AutoencoderKL.from_pretrained(vae or out / "diffusion" / "vae", torch_dtype=torch.float32).to(DEVICE)
     vae.register_to_config(_name_or_path="")  # where it lay is nobody's business
     scenes, pixels = pool(POOL, seed + 1)
     latents = encode(vae, pixels, vae.config.scaling_factor)
@@ -406,6 +421,12 @@ def make_diffusion(out: Path, seed: int, steps: int = 4500, batch: int = 128) ->
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=text.config.hidden_size, use_linear_projection=True,
     ).to(DEVICE)  # fmt: skip
+    if start:
+        fresh = unet.state_dict()
+        weights = UNet2DConditionModel.from_pretrained(start, torch_dtype=torch.float32).state_dict()
+        weights = {k: v for k, v in weights.items() if k in fresh and v.shape == fresh[k].shape}
+        unet.load_state_dict(weights, strict=False)
+        print(f"diffusion: {len(weights)} of {len(fresh)} weights start as in {start}")
     unet.set_attn_processor(AttnProcessor())
     scheduler = DDPMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
@@ -595,16 +616,31 @@ def main() -> None:
             part.add_argument("--out", type=Path, default=Path("world"), metavar="DIR", help="the world's folder")
         if name in ("all", "clip", "vae", "diffusion"):
             part.add_argument("--seed", type=int, default=0, help="of the scenes, the weights and the draws")
+        if name == "clip":
+            part.add_argument("--steps", type=int, default=450, metavar="N", help="of the contrastive loss")
+            part.add_argument("--text-width", type=int, default=128, metavar="N", help="of the text tower, 32 a head")
+            part.add_argument("--text-layers", type=int, default=2, metavar="N", help="of the text tower")
+            part.add_argument("--contrastive", action="store_true", help="train both towers together")
+        if name == "diffusion":
+            part.add_argument("--steps", type=int, default=4500, metavar="N", help="of the U-Net")
+            part.add_argument("--vae", type=Path, metavar="FOLDER", help="another VAE; DIR/diffusion/vae if not given")
+            part.add_argument("--start", type=Path, metavar="FOLDER", help="start from this U-Net, where shapes fit")
         if name in ("all", "check"):
             part.add_argument("--samples", metavar="FILE.png", help="draw 24 pictures from captions")
     args = parser.parse_args()
     mmvp = (args.out, args.pairs, args.seed) if args.part == "mmvp" else (args.out / "mmvp",)
+    settings = {key: value for key, value in vars(args).items() if key not in ("part", "samples")}
+    if settings.get("text_width", 32) % 32 or settings.get("text_width", 32) < 32:
+        raise UserError(f"--text-width {args.text_width}: must be a multiple of 32")
+    for folder in (settings.get("vae"), settings.get("start")):
+        if folder and not (folder / "config.json").is_file():
+            raise UserError(f"{folder}: no config.json in it; name a part's folder, such as miniature/diffusion/unet")
     make = dict(
         images=lambda: write_images(args.out),
         mmvp=lambda: write_mmvp(*mmvp),
-        clip=lambda: make_clip(args.out, args.seed),
-        vae=lambda: make_vae(args.out, args.seed),
-        diffusion=lambda: make_diffusion(args.out, args.seed),
+        clip=lambda: make_clip(**settings),
+        vae=lambda: make_vae(**settings),
+        diffusion=lambda: make_diffusion(**settings),
         check=lambda: check(args.out, args.samples),
     )  # fmt: skip
     if args.part == "mmvp" and args.out.exists() and any(args.out.iterdir()):
