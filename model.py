@@ -133,9 +133,10 @@ def count_patches(visual: torch.nn.Module, name: str) -> int:
     Raises:
         UserError: its tokens are not (B, D) and (B, P, D), as for convolutional towers and CoCa.
     """
+    device = next(visual.parameters()).device
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-            cls, local = visual_tokens(visual, torch.empty(1, 3, *visual.preprocess_cfg["size"]))
+            cls, local = visual_tokens(visual, torch.empty(1, 3, *visual.preprocess_cfg["size"], device=device))
         if cls.ndim == 2 and local.ndim == 3 and cls.shape[-1] == local.shape[-1]:
             return local.shape[1]
     except Exception:  # open_clip and timm raise many kinds

@@ -65,7 +65,7 @@ def test_tokens_are_clips_own(clips, name):
         cls, local = condition.visual_tokens(visual, images)
         assert torch.equal(cls, clip.model.encode_image(images))  # to the last bit
         assert torch.equal(local, local_tokens(visual, images))
-    assert local.shape[1] == model.count_patches(visual)
+    assert local.shape[1] == clip.num_patches
 
 
 def local_tokens(visual: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
@@ -121,7 +121,7 @@ def test_every_recipe_has_the_papers_tokens():
 
 def test_recap_is_uniform_and_without_replacement():
     rngs = [np.random.default_rng(i) for i in range(4000)]
-    patches = condition.draw_patch_indices(Recap("random", 20, 5), 2, rngs).numpy()  # (images, states, K)
+    patches = condition.draw_patch_indices(Recap("random", 20, 5), 2, rngs, CPU).numpy()  # (images, states, K)
     assert patches.shape == (4000, 2, 5)
     assert all(len(set(state)) == 5 for image in patches for state in image)
     counts = np.bincount(patches.ravel(), minlength=20)  # each of 20 patches: 8,000 draws of 5 of 20
@@ -158,7 +158,7 @@ def written_out(clip, diffusion, conditioner, recap: str, images, latents, drawn
             if recap == "pool:5":
                 tokens = [local[i : i + 5].mean(0) for i in range(0, len(local) - 4, 5)]
             elif recap.startswith("random"):
-                tokens = [local[i] for i in drawn["patches"][b, n].tolist()]
+                tokens = [local[i] for i in drawn["patch_indices"][b, n].tolist()]
             else:
                 tokens = list(local) if recap == "all" else []
             tokens = torch.stack([cls, *tokens]) @ linear.weight.T + linear.bias
@@ -194,13 +194,12 @@ def test_loss_and_gradients_are_algorithm_1(clips, tmp_path, case):
     parsed = parse_recap(recap, clip.num_patches)
     torch.manual_seed(3)
     conditioner = condition.VisualCondition(clip, diffusion, parsed, join)
-    pixels = torch.rand(2, 3, 32, 32)
-    images, latents = clip.preprocess_batch(pixels), diffusion.encode(pixels)
-    rngs = train.image_rngs(4, [(0, 0), (0, 1)])
-    timesteps, noise = train.draw_states((3, *latents.shape[1:]), 0, 1000, rngs)
-    patches = condition.draw_patch_indices(parsed, 3, rngs)
+    images = torch.rand(2, 3, 32, 32)
+    latents, rngs = diffusion.encode(images), data.image_rngs(4, [(0, 0), (0, 1)])
+    patch_indices = condition.draw_patch_indices(parsed, 3, rngs, CPU)
+    timesteps, noise = train.draw_states(train.Draws(4, parsed, 3, range(1000)), latents.shape[1:], rngs, CPU)
 
-    c, _ = conditioner(images, diffusion.text_embedding, patches)
+    c, _ = conditioner(images, diffusion.text_embedding, patch_indices)
     loss = train.denoising_loss(diffusion, latents, c, timesteps, noise)
     loss.backward()
     gradients = {k: p.grad.double() for k, p in conditioner.named_parameters()}
@@ -208,8 +207,9 @@ def test_loss_and_gradients_are_algorithm_1(clips, tmp_path, case):
     conditioner.double().zero_grad()
     diffusion.unet.double()
     diffusion.text_embedding = diffusion.text_embedding.double()
-    drawn = dict(timesteps=timesteps, noise=noise.double(), patches=patches)
-    expected = written_out(clip.model, diffusion, conditioner, recap, images.double(), latents.double(), drawn)
+    drawn = dict(timesteps=timesteps, noise=noise.double(), patch_indices=patch_indices)
+    images = clip.preprocess_batch(images).double()
+    expected = written_out(clip.model, diffusion, conditioner, recap, images, latents.double(), drawn)
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     largest = max(p.grad.norm() for p in conditioner.parameters())
@@ -225,7 +225,7 @@ def test_condition_in_bf16_is_near_fp32():
         torch.manual_seed(5)
         conditioner = condition.VisualCondition(clip, diffusion, parse_recap("all", 64), "mean")
         pixels, noise, t = torch.rand(4, 3, 64, 64), torch.randn(4, 2, 4, 8, 8), torch.randint(0, 1000, (4, 2))
-        c, _ = conditioner(clip.preprocess_batch(pixels), diffusion.text_embedding)
+        c, _ = conditioner(pixels, diffusion.text_embedding)
         losses.append(train.denoising_loss(diffusion, diffusion.encode(pixels), c, t, noise))
         assert losses[-1].dtype == torch.float32 and diffusion.unet.dtype == diffusion.vae.dtype == dtype
         losses[-1].backward()
@@ -316,14 +316,15 @@ def test_draws_depend_on_seed_step_and_position_alone(tmp_path):
         """Pixels and draws of steps 1 and 2 of a batch of 4, by step and position."""
         items = {}
         for rank in range(processes):
-            images = data.TrainingImages(source, 64, 4, seed)
-            keys = data.batch_keys(1, 3, 4, micro_batch, rank, processes)
-            for batch in data.read_batches(images, keys, workers, CPU):
-                rngs = train.image_rngs(seed, batch["keys"])
-                timesteps, noise = train.draw_states((2, 4, 8, 8), 0, 1000, rngs)
-                patches = condition.draw_patch_indices(Recap("random", 64, 19), 2, rngs)
+            dataset = data.TrainingImages(source, 64, 4, seed)
+            keys = data.micro_batch_keys(1, 3, 4, micro_batch, rank, processes)
+            for batch in data.read_batches(dataset, keys, workers, CPU):
+                rngs, recap = data.image_rngs(seed, batch["keys"]), Recap("random", 64, 19)
+                patch_indices = condition.draw_patch_indices(recap, 2, rngs, CPU)
+                draws = train.Draws(seed, recap, 2, range(1000))
+                timesteps, noise = train.draw_states(draws, (4, 8, 8), rngs, CPU)
                 for i, key in enumerate(batch["keys"]):
-                    items[key] = [batch["images"][i], timesteps[i], noise[i], patches[i]]
+                    items[key] = [batch["images"][i], timesteps[i], noise[i], patch_indices[i]]
         return items
 
     one = read(4, 1, 0)
@@ -339,7 +340,8 @@ def test_draws_depend_on_seed_step_and_position_alone(tmp_path):
 
     rngs = [np.random.default_rng(i) for i in range(5000)]
     for low, high in ((0, 1000), (500, 900)):
-        t = train.draw_states((2, 1, 1, 1), low, high, rngs)[0].numpy()
+        draws = train.Draws(0, Recap("none", 1, 0), 2, range(low, high))
+        t = train.draw_states(draws, (1, 1, 1), rngs, CPU)[0].numpy()
         assert t.min() == low and t.max() == high - 1  # uniform: by five standard errors of the mean
         assert abs(t.mean() - (low + high - 1) / 2) < 5 * (high - low) / math.sqrt(12 * 10_000)
 
@@ -353,11 +355,16 @@ def test_draws_depend_on_seed_step_and_position_alone(tmp_path):
 
 
 def test_learning_rate_is_the_papers():
-    rates = [train.learning_rate(step, 4600, 1e-4, 0.005) for step in range(4600)]
+
+    def rate(step: int, steps: int, warmup: float, start: int = 0) -> float:
+        return train.learning_rate(step, train.Stage(None, range(start, start + steps), 1e-4, warmup, 1, 0))
+
+    rates = [rate(step, 4600, 0.005) for step in range(4600)]
     assert rates[:23] == pytest.approx([1e-4 * k / 24 for k in range(1, 24)]) and rates[23] == max(rates) == 1e-4
     assert rates[23 + 4577 // 2] == pytest.approx(0.5e-4, rel=1e-3) and 0 < rates[-1] < 1e-10
-    assert train.learning_rate(0, 1, 1e-4, 0) == 1e-4
-    assert train.learning_rate(0, 5, 1e-4, 0.03) == 0.5e-4  # at least one step warms up
+    assert rates == [rate(step, 4600, 0.005, start=7) for step in range(7, 4607)]  # a later stage
+    assert rate(0, 1, 0) == 1e-4
+    assert rate(0, 5, 0.03) == 0.5e-4  # at least one step warms up
 
 
 @pytest.mark.parametrize(
@@ -375,21 +382,20 @@ def test_steps_are_clipped_sgd_with_momentum_and_nothing_else_moves(tmp_path, mo
     monkeypatch.setattr(train, "build", lambda *args: built.append(build(*args)) or built[-1])
     out = run(tmp_path / "run", flags)
     clip, diffusion, conditioner = build(args, CPU)  # as they were at the start
-    images = data.TrainingImages(data.open_images(args.data), 64, 4, args.seed)
-    velocity = {}
+    dataset = data.TrainingImages(data.open_images(args.data), 64, 4, args.seed)
+    draws, velocity = train.Draws(args.seed, conditioner.recap, 2, range(1000)), {}
     for step, (line, parts, lr) in enumerate(zip(metrics(out), moving, rates, strict=True)):
-        batch = data.to_device(data.collate([images[step, position] for position in range(4)]), CPU)
-        rngs = train.image_rngs(args.seed, batch["keys"])
-        latents = diffusion.encode(batch["images"])
-        timesteps, noise = train.draw_states((2, *latents.shape[1:]), 0, 1000, rngs)
-        patches = condition.draw_patch_indices(conditioner.recap, 2, rngs)
-        c, _ = conditioner(clip.preprocess_batch(batch["images"]), diffusion.text_embedding, patches)
+        batch = data.to_device(data.collate([dataset[step, position] for position in range(4)]), CPU)
+        rngs, latents = data.image_rngs(args.seed, batch["keys"]), diffusion.encode(batch["images"])
+        patch_indices = condition.draw_patch_indices(conditioner.recap, 2, rngs, CPU)
+        c, _ = conditioner(batch["images"], diffusion.text_embedding, patch_indices)
+        timesteps, noise = train.draw_states(draws, latents.shape[1:], rngs, CPU)
         loss = train.denoising_loss(diffusion, latents, c, timesteps, noise)
         conditioner.zero_grad()
         loss.backward()
         parameters = {k: p for k, p in conditioner.named_parameters() if k.split(".")[0] in parts.split()}
         norm = torch.cat([p.grad.flatten() for p in parameters.values()]).norm()
-        assert line["loss"] == pytest.approx(loss.item(), rel=1e-5) and line["lr"] == pytest.approx(lr)
+        assert line["loss"] == pytest.approx(loss.item(), rel=1e-4) and line["lr"] == pytest.approx(lr)
         assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-4) and norm > 0.05
         if step and parts != moving[step - 1]:
             velocity = {}  # each stage has an optimizer of its own
@@ -477,20 +483,23 @@ def test_a_fitted_projection_carries_class_tokens_to_the_states_of_texts():
     np.testing.assert_allclose(projection(torch.from_numpy(tokens)).detach(), expected, atol=1e-9)
 
 
-def test_the_pull_is_the_distance_to_the_untouched_clip(tmp_path):
-    clip, images = model.load_clip("miniature"), torch.randn(4, 3, 64, 64)
-    pull, untouched = beyond.Ldifs(clip, 3), clip.model.encode_image(images)
-    cls, _ = condition.visual_tokens(clip.model.visual, images)
-    assert pull(cls, images) < 1e-9  # with and without gradients, attention may round differently
+def test_ldifs_is_the_distance_to_the_original_clips_class_token(tmp_path):
+    dataset = data.TrainingImages(data.open_images([f"{MINIATURE}/images.tar"], False), 64, 4)
+    images = data.to_device(data.collate([dataset[0, i] for i in range(4)]), CPU)["images"]
+    clip = model.load_clip("miniature")
+    pixels = clip.preprocess_batch(images)
+    penalty, original = beyond.Ldifs(clip, 3), clip.model.encode_image(pixels)
+    cls, _ = condition.visual_tokens(clip.model.visual, pixels)
+    assert penalty(cls, images) < 1e-9  # with and without gradients, attention may round differently
     with torch.no_grad():
         clip.model.visual.proj += 0.01 * torch.randn(clip.model.visual.proj.shape)
-    cls, _ = condition.visual_tokens(clip.model.visual, images)
-    expected = 3 * np.square((clip.model.encode_image(images) - untouched).detach().numpy()).mean()
-    assert pull(cls, images).item() == pytest.approx(expected, rel=1e-5)
+    cls, _ = condition.visual_tokens(clip.model.visual, pixels)
+    expected = 3 * np.square((clip.model.encode_image(pixels) - original).detach().numpy()).mean()
+    assert penalty(cls, images).item() == pytest.approx(expected, rel=1e-5)
     moved = []
-    for strength in (0, 1):
-        tower = model.load_clip(f"{run(tmp_path / f'{strength}', f'--ldifs {strength}')}/clip").model.visual
-        moved.append(float((tower(images) - untouched).detach().square().mean()))
+    for weight in (0, 1):
+        tower = model.load_clip(f"{run(tmp_path / f'{weight}', f'--ldifs {weight}')}/clip").model.visual
+        moved.append(float((tower(pixels) - original).detach().square().mean()))
     assert 0 < moved[1] < moved[0]
 
 
