@@ -32,7 +32,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoTokenizer, CLIPTextModel
 
 import beyond
@@ -43,6 +43,7 @@ import model
 import train
 from condition import Recap, parse_recap
 from harness import scores
+from harness.checkpoint import read_checkpoint, read_state
 from harness.errors import Stopped, UserError
 from harness.options import parse_args
 from harness.pretrained import quiet
@@ -424,7 +425,7 @@ def test_a_run_stops_and_goes_on_in_the_same_bits(tmp_path, monkeypatch, more):
     for end in (2, 4) if more else (4,):
         with monkeypatch.context() as patch:
             losses = at_loss(patch, 2 * (end - begun) - 1, lambda: signal.raise_signal(signal.SIGTERM))
-            with pytest.raises(Stopped, match=f"SIGTERM: stopped after {end} steps, .* the same command goes on"):
+            with pytest.raises(Stopped, match=f"SIGTERM: stopped after {end} steps, .* the same command again"):
                 run(tmp_path / "run", flags)
         assert len(losses) == 2 * (end - begun) and steps_saved(tmp_path / "run") == end
         begun = end
@@ -655,7 +656,7 @@ def run(out: Path, flags: str = "") -> Path:
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
-    return load_file(out / "checkpoint" / "weights.safetensors")
+    return read_checkpoint(out / "checkpoint.pt")["weights"]
 
 
 def metrics(out: Path) -> list[dict]:
@@ -663,14 +664,15 @@ def metrics(out: Path) -> list[dict]:
 
 
 def steps_saved(out: Path) -> int:
-    return json.loads((out / "checkpoint" / "state.json").read_text())["step"]
+    return read_state(out / "checkpoint.pt")["step"]
 
 
 def assert_same_run(one: Path, other: Path) -> None:
     """The same weights and optimizer to the last bit, and the same lines in metrics.jsonl."""
-    for name in ("weights", "optimizer"):
-        a, b = (load_file(out / "checkpoint" / f"{name}.safetensors") for out in (one, other))
-        assert a.keys() == b.keys() and len(a) > 1 and all(torch.equal(a[k], b[k]) for k in a)
+    a, b = weights(one), weights(other)
+    assert a.keys() == b.keys() and len(a) > 1 and all(torch.equal(a[k], b[k]) for k in a)
+    a, b = (read_checkpoint(out / "checkpoint.pt")["optimizer"]["state"] for out in (one, other))
+    assert a.keys() == b.keys() and all(torch.equal(a[i][k], b[i][k]) for i in a for k in a[i])
     kept = ("step", "loss", "grad_norm", "lr", "unreadable")
     assert [[line[k] for k in kept] for line in metrics(one)] == [[line[k] for k in kept] for line in metrics(other)]
 

@@ -36,7 +36,7 @@ from beyond import Ldifs, stages
 from harness.errors import UserError, exit_on_user_error, usage_error
 from harness.options import parse_args
 from harness.processes import process_group
-from harness.run import peak_memory
+from harness.metrics import peak_memory
 from model import Diffusion
 
 OPENAI = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))  # each channel's mean, deviation
