@@ -17,7 +17,6 @@ import atexit
 import io
 import json
 import math
-import re
 import shutil
 import signal
 import subprocess
