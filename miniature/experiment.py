@@ -150,7 +150,6 @@ def run(row: str, seed: int, flags: str, out: Path) -> None:
         if row == "right captions":
             clip = load_clip(settings.clip, device=str(DEVICE))
             learn_captions(clip.model, *pool(4000, 100 + seed), seed)
-            (folder / "clip").mkdir()
             clip.save(folder / "clip")
             losses = []
         else:

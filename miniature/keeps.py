@@ -28,10 +28,10 @@ def read_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("run", nargs="?", default="runs/miniature", metavar="RUN", help="a run's folder (%(default)s)")
     parser.add_argument("--scenes", type=int, default=300, metavar="N", help="scenes to draw (%(default)s)")
     parser.add_argument("--steps", type=int, default=25, metavar="N", help="DDIM steps (%(default)s)")
-    parser.add_argument("--guidance", type=float, default=1, metavar="G", help="classifier-free; 1: none (%(default)s)")
+    parser.add_argument("--guidance", type=float, default=1, metavar="G", help="classifier-free; 1 is none (%(default)s)")
     args = parser.parse_args(argv)
-    if args.scenes < 2 or not 1 <= args.steps <= 1000:
-        raise UserError("--scenes must be at least 2, --steps from 1 to 1000")
+    if args.scenes < 2 or not 1 <= args.steps <= 1000 or not 1 <= args.guidance < float("inf"):
+        raise UserError("--scenes must be at least 2, --steps from 1 to 1000, --guidance at least 1")
     if args.run == parser.get_default("run") and not Path(args.run).exists():
         raise UserError(f"{args.run}: not found; run `python train.py` first, or name a run")
     return args
