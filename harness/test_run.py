@@ -1,6 +1,6 @@
 """Fault tolerance: signals, kills, a full disk, broken images; and a resumed run ends in the same bits."""
 
-from test_smoke import ROOT, SMALL, TORCHRUN  # first: it sets what the libraries read when they are imported
+from test_smoke import ROOT, SMALL, TORCHRUN  # first: it sets environment variables that libraries read on import
 from test_smoke import assert_near, assert_same_run, assert_saved, at_loss, jpeg, metrics, picture, run, settings
 from test_smoke import steps_saved, weights, write_mmvp, write_shard, write_siglip
 
@@ -89,14 +89,14 @@ def test_a_run_prints_its_plan_and_the_next_steps(tmp_path, capfd):
     ]
     untrained = settings(out, f"--random-weights --mmvp {MINIATURE}/mmvp")
     advice = harness.run.next_steps(untrained, SimpleNamespace(tokenizer_error=None))
-    assert "reconstruct.py" not in advice and "evaluate_mmvp.py" not in advice  # they would refuse, or mean nothing
+    assert "reconstruct.py" not in advice and "evaluate_mmvp.py" not in advice  # they would refuse
     args = settings(out, "--timesteps 500:1000 --optimizer adamw --ldifs 0.05 --projection fitted --projection-steps 2")
     expected = "--timesteps 500:1000 --optimizer adamw --projection fitted --projection-steps 2 --ldifs 0.05"
     assert " ".join(beyond_the_paper(vars(args))) == expected
 
 
 def test_a_run_says_how_long_it_takes_without_the_scoring(tmp_path, monkeypatch, capfd):
-    """Steps of a minute after a first one of a thousand seconds, which allocates and compiles."""
+    """Each step takes a minute, but for the first (1,000 seconds), which allocates and compiles."""
     clock, events, similarities = iter([0, *range(1000, 10_000, 60)]), [], train.similarities
     monkeypatch.setattr(harness.metrics, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     monkeypatch.setattr(train, "similarities", lambda *args: events.append("scores") or similarities(*args))
@@ -131,7 +131,7 @@ def test_bf16_is_the_default_only_where_the_hardware_has_it(monkeypatch, device,
 
 
 def test_gradients_are_averaged_once_a_step(tmp_path, monkeypatch):
-    """DDP communicates in three backward passes of twelve."""
+    """DDP communicates in 3 of 12 backward passes."""
     buckets = []
 
     def watch(state, bucket):
@@ -168,7 +168,7 @@ def test_bf16_runs_theta_under_autocast_and_phi_in_bf16(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["miniature", "siglip"])
 def test_grad_checkpointing_keeps_less_and_changes_nothing(tmp_path, name):
-    """What a run keeps for its backward passes is less; its bits are the same."""
+    """Fewer bytes are saved for the backward passes; the result is the same to the bit."""
     clip, kept, outs = write_siglip(tmp_path / name) if name == "siglip" else name, [], []
     for more in ("", "--grad-checkpointing"):
         tensors = {}
@@ -180,13 +180,22 @@ def test_grad_checkpointing_keeps_less_and_changes_nothing(tmp_path, name):
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             outs.append(run(tmp_path / f"run{more}", f"--clip {clip} --recap pool:5 --steps 2 {more}"))
         kept.append(sum(tensors.values()))
-    assert kept[1] < 0.35 * kept[0]  # φ alone, or θ alone, would come to 0.44 or more
+    assert kept[1] < 0.35 * kept[0]  # 0.44 or more if only φ or only θ were checkpointed
     assert_same_run(*outs)
 
 
 @pytest.mark.slow
+def test_the_next_steps_work_as_printed(tmp_path, capfd):
+    out = run(tmp_path / "run", f"--mmvp {write_mmvp(tmp_path / 'mmvp')}")
+    commands = re.findall(r"python (extras/.*)", capfd.readouterr().out)
+    for command in commands:
+        finish(f"{sys.executable} {command}")
+    assert len(commands) == 3 and (out / "report.html").stat().st_size > (out / "reconstruct.png").stat().st_size
+
+
+@pytest.mark.slow
 def test_a_compiled_run_has_the_same_losses(tmp_path, whole):
-    """Within 1e-5 in fp32: another order of the same sums."""
+    """Within 1e-5: fp32 sums in another order."""
     for a, b in zip(metrics(whole), metrics(run(tmp_path / "run", f"{STEPS} --compile")), strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
@@ -195,17 +204,17 @@ def test_a_compiled_run_has_the_same_losses(tmp_path, whole):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FULL_SIZE)
 def test_a_step_at_full_size(tmp_path, name):
-    """Each recipe as the paper has it but for its weights: one step, and a CLIP that open_clip loads."""
+    """One step of each of the paper's recipes with random weights, and a CLIP that open_clip loads."""
     flags = "--random-weights --data synthetic --steps 1 --batch-size 1 --micro-batch 1 --precision bf16"
     out = run(tmp_path / "run", f"--recipe {name} {flags}")
     (line,) = metrics(out)
-    assert 0.5 < line["loss"] < 2 and line["grad_norm"] > 0  # an untrained U-Net says nothing of ε, whose variance is 1
+    assert 0.5 < line["loss"] < 2 and line["grad_norm"] > 0  # ε has variance 1, and an untrained U-Net predicts about 0
     assert_saved(out)
 
 
 def test_a_clip_is_saved_without_its_tokenizer(tmp_path):
     clip = model.load_clip(f"{write_siglip(tmp_path / 'siglip')}")
-    clip.source = "ViT-B-16-SigLIP"  # a tokenizer on the hub, which is out of reach
+    clip.source = "ViT-B-16-SigLIP"  # its tokenizer is on the hub, which is offline here
     clip.save(tmp_path / "saved")
     assert clip.tokenizer_error.startswith("the tokenizer of ViT-B-16-SigLIP could not be loaded: ")
     reloaded = open_clip.create_model(f"local-dir:{tmp_path}/saved")
@@ -218,13 +227,13 @@ def test_a_finished_run_evaluates_once(tmp_path, capsys, monkeypatch):
     scores = out / "mmvp" / "scores.json"
     run(out, two)
     with monkeypatch.context() as patch, pytest.raises(TypeError):
-        patch.setattr(train, "compare", None)  # it dies while it is scored on another benchmark
+        patch.setattr(train, "compare", None)  # it dies while it scores on another benchmark
         run(out, three)
-    for mmvp, pairs in ((three, 3), (two, 2)):  # not yet evaluated, or on another benchmark
+    for mmvp, pairs in ((three, 3), (two, 2)):  # not scored yet, or on another benchmark
         run(out, mmvp)
         assert json.loads(scores.read_text())["pairs"] == pairs
     before = scores.stat().st_mtime_ns
-    monkeypatch.setattr(train, "load_clip", None)  # from here on nothing is loaded
+    monkeypatch.setattr(train, "load_clip", None)  # nothing may be loaded
     capsys.readouterr()
     run(out, two)
     assert re.search(f"{out}: this run is finished.*; remove that folder to start over\n", capsys.readouterr().out)
@@ -232,7 +241,7 @@ def test_a_finished_run_evaluates_once(tmp_path, capsys, monkeypatch):
 
 
 def test_the_command_compares_two_clips(tmp_path, monkeypatch, capsys):
-    """What a run scores before and after, again; every figure beside the one recomputed from pairs.csv."""
+    """The same scores as the run's own; each figure is compared with the one recomputed from pairs.csv."""
     mmvp, scores = write_mmvp(tmp_path / "mmvp"), tmp_path / "scores"
     header, *lines = (MINIATURE / "mmvp" / "Questions.csv").read_text().splitlines(True)
     lines = [line for i, line in enumerate(lines) if i % 200 < 30]  # 15 pairs of each type
@@ -250,7 +259,7 @@ def test_the_command_compares_two_clips(tmp_path, monkeypatch, capsys):
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * 135
     for embedding, change in zip(evaluate_mmvp.EMBEDDINGS, clips[1]["change"], strict=True):
-        counts = []  # of pairs right, for each CLIP; each type has 15 pairs, so their share is the average
+        counts = []  # correct pairs of each CLIP; all types have 15 pairs, so their share is the average
         for entry, mine in zip(clips, (rows[:135], rows[135:])):
             for row in mine:
                 a, b, c, d = (float(row[f"{embedding} s{i} i{j}"]) for i in (1, 2) for j in (1, 2))
@@ -263,7 +272,7 @@ def test_the_command_compares_two_clips(tmp_path, monkeypatch, capsys):
 
 
 def test_shards_that_change_while_they_are_read_are_skipped(tmp_path, monkeypatch, capfd):
-    """Of sixty shards one is removed, one cut short, one replaced in the middle of a run: counted, replaced, named."""
+    """Of sixty shards one is removed, one truncated, one replaced during a run: images are counted and named."""
     files = {f"{i}.jpg": jpeg(picture(40, 90 * i)) for i in range(4)}
     for s in range(60):
         write_shard(tmp_path / f"{s:02}.tar", files)
@@ -414,7 +423,7 @@ def test_a_disk_without_permissions_and_fsync_keeps_a_run(tmp_path, monkeypatch)
 
 
 def test_clips_are_kept_along_a_run(tmp_path, monkeypatch):
-    """Each is that of its step, here beside a run that was stopped there."""
+    """Each has the weights of its step, compared with a run that was stopped there."""
     out = run(tmp_path / "run", f"{STEPS} --keep-every 2")
     assert sorted(path.name for path in out.glob("clip*")) == ["clip", "clip-000002", "clip-000004"]
     stop_run(monkeypatch, tmp_path / "stopped", 4, "SIGUSR1")
@@ -450,7 +459,7 @@ def test_every_signal_asks_to_stop_unless_it_is_ignored(number):
 
 
 def test_torchrun_may_repeat_a_signal(monkeypatch):
-    """To a cluster's signal to all processes torchrun adds its own; a later one ends the process."""
+    """A cluster signals all processes, and torchrun forwards its signal to them; a later one ends the process."""
     monkeypatch.setenv("RANK", "0")
     signals, ended = StopSignals(), []
     with signals.caught():
@@ -469,7 +478,7 @@ def test_a_signal_while_a_batch_never_comes_saves_the_last_whole_step(tmp_path, 
     def stuck(items: list) -> dict:
         if items[0]["keys"][0] == 3:
             os.kill(os.getpid(), signal.SIGTERM)
-            threading.Event().wait()  # for ever
+            threading.Event().wait()  # forever
         return collate(items)
 
     with monkeypatch.context() as patch, refused("SIGTERM: stopped after 3 steps"):
@@ -492,7 +501,7 @@ def test_nodes_that_cannot_reach_each_other_are_told_what_to_set(monkeypatch):
 
 
 def test_a_restart_has_keys_of_its_own(monkeypatch):
-    """torchrun keeps its store over a restart, with the addresses of the processes that died."""
+    """After a restart torchrun's store still holds the addresses of the processes that died."""
     stores, kept = [], dist.HashStore()
     monkeypatch.setattr(harness.processes, "rendezvous", lambda url: iter([(kept, 0, 1)]))
     monkeypatch.setattr(dist, "init_process_group", lambda *args, store, **more: stores.append(store))
@@ -513,7 +522,7 @@ LONG = "--steps 150 --micro-batch 1 --save-every 20"
 
 
 def start(command: str, out: Path, lines: int) -> subprocess.Popen:
-    """Starts a run in the background and returns once its metrics.jsonl has so many lines."""
+    """Starts a run in the background and returns once its metrics.jsonl has `lines` lines."""
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     process = subprocess.Popen(command.split(), cwd=ROOT, start_new_session=True, **pipes)
     deadline, log = time.monotonic() + 120, out / "metrics.jsonl"
@@ -529,7 +538,7 @@ def finish(command: str) -> None:
 
 
 def faulty(script: Path, fault: str) -> Path:
-    """A script that trains as train.py does, once `fault` has changed something."""
+    """A script that executes `fault` and then trains as train.py does."""
     script.write_text(
         f"import os, sys, time; sys.path.insert(0, os.getcwd())\n"
         f"import torch, data, train\n"
@@ -543,7 +552,7 @@ def faulty(script: Path, fault: str) -> Path:
 
 
 def test_a_signal_before_the_first_batch_ends_the_process(tmp_path):
-    """One that waits for images that never come."""
+    """The process waits for images that never come."""
     fault = "data.decode_crop = lambda *args: print('waits', flush=True) or time.sleep(600)"
     command = f"{sys.executable} {faulty(tmp_path / 'waits.py', fault)} {SMALL} {tmp_path}/run --workers 2"
     process = subprocess.Popen(command.split(), cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -555,7 +564,7 @@ def test_a_signal_before_the_first_batch_ends_the_process(tmp_path):
 
 
 def test_a_signal_to_all_processes_lets_the_step_end(tmp_path):
-    """As clusters signal; a step of twelve micro-batches needs what reads ahead to its end."""
+    """As clusters do; a step of twelve micro-batches needs its reader threads until its end."""
     flags = "--steps 1000 --batch-size 24 --micro-batch 2 --states 1 --workers 2"
     process = start(f"{sys.executable} train.py {SMALL} {tmp_path} {flags}", tmp_path, 1)
     os.killpg(process.pid, signal.SIGTERM)
@@ -566,7 +575,7 @@ def test_a_signal_to_all_processes_lets_the_step_end(tmp_path):
 
 
 def test_a_lost_terminal_stops_a_run(tmp_path):
-    """SIGHUP, after which writing to the terminal fails: the run is saved."""
+    """SIGHUP comes, and writing to the terminal fails."""
     master, terminal = os.openpty()
     command = f"{sys.executable} train.py {SMALL} {tmp_path}/run --steps 1000 --workers 2"
     process = subprocess.Popen(
@@ -645,7 +654,7 @@ def test_torchrun_stops_and_resumes(tmp_path, whole_of_two, name):
 
 @pytest.mark.slow
 def test_a_second_signal_ends_the_process_at_once(tmp_path):
-    """In the middle of a micro-batch of many seconds, after which the first would have stopped the run."""
+    """During a micro-batch of many seconds, after which the first signal would have stopped the run."""
     flags = "--steps 2 --batch-size 640 --micro-batch 640 --states 4"
     process = start(f"{sys.executable} train.py {SMALL} {tmp_path} {flags}", tmp_path, 1)
     process.send_signal(signal.SIGINT)
@@ -676,7 +685,7 @@ def test_torchrun_restarts_a_run_that_lost_a_process(tmp_path, whole_of_two):
     ],
 )
 def test_one_process_that_fails_ends_all_and_its_error_is_shown(tmp_path, fault, words):
-    """Process 1 raises, or has a loss that is not finite, at its sixth loss, while process 0 waits for it."""
+    """Process 1 raises, or has a loss that is not finite, at its sixth loss, while process 0 waits."""
     fault = (
         "loss, losses = train.denoising_loss, []\n"
         "def fail(*args):\n"
@@ -706,7 +715,7 @@ def test_sigkill_at_twenty_moments(tmp_path):
             began = time.time()  # files of an earlier kill are older
 
             def saving() -> bool:
-                with contextlib.suppress(FileNotFoundError):  # it was renamed meanwhile
+                with contextlib.suppress(FileNotFoundError):  # it was renamed in between
                     return (out / "checkpoint.pt.part").stat().st_mtime > began
                 return False
 
