@@ -458,18 +458,20 @@ def test_every_signal_asks_to_stop_unless_it_is_ignored(number):
         signal.signal(number, usual)
 
 
-def test_torchrun_may_repeat_a_signal(monkeypatch):
-    """A cluster signals all processes, and torchrun forwards its signal to them; a later one ends the process."""
-    monkeypatch.setenv("RANK", "0")
+def test_signals_that_end_the_process_at_once(monkeypatch):
+    """One before the first batch, and a second one, unless torchrun forwards what a cluster sent to all processes."""
     signals, ended = StopSignals(), []
-    with signals.caught():
+    monkeypatch.setenv("RANK", "0")
+    with signals.caught(), monkeypatch.context() as patch:
+        patch.setattr(signal, "raise_signal", ended.append)
+        signals.receive(signal.SIGUSR2, None)
         signals.armed = True
-        for _ in range(2):
-            signal.raise_signal(signal.SIGTERM)
+        signals.receive(signal.SIGTERM, None)
+        signals.receive(signal.SIGTERM, None)  # within ECHO
+        assert ended == [signal.SIGUSR2] and signals.number == signal.SIGTERM
         signals.time -= 3
-        monkeypatch.setattr(signal, "raise_signal", ended.append)
         signals.receive(signal.SIGINT, None)
-    assert signals.number == signal.SIGTERM and ended == [signal.SIGINT]
+        assert ended[1:] == [signal.SIGINT] and signal.getsignal(signal.SIGINT) == signal.SIG_DFL
 
 
 def test_a_signal_while_a_batch_never_comes_saves_the_last_whole_step(tmp_path, monkeypatch, whole):
@@ -551,18 +553,6 @@ def faulty(script: Path, fault: str) -> Path:
     return script
 
 
-def test_a_signal_before_the_first_batch_ends_the_process(tmp_path):
-    """The process waits for images that never come."""
-    fault = "data.decode_crop = lambda *args: print('waits', flush=True) or time.sleep(600)"
-    command = f"{sys.executable} {faulty(tmp_path / 'waits.py', fault)} {SMALL} {tmp_path}/run --workers 2"
-    process = subprocess.Popen(command.split(), cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    while process.stdout.readline() != "waits\n":
-        pass
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=20)
-    assert process.returncode == -signal.SIGTERM
-
-
 def test_a_signal_to_all_processes_lets_the_step_end(tmp_path):
     """As clusters do; a step of twelve micro-batches needs its reader threads until its end."""
     flags = "--steps 1000 --batch-size 24 --micro-batch 2 --states 1 --workers 2"
@@ -586,7 +576,7 @@ def test_a_lost_terminal_stops_a_run(tmp_path):
     while not (tmp_path / "run" / "metrics.jsonl").exists() and process.poll() is None:
         time.sleep(0.01)
     os.close(master)
-    process.wait(timeout=60)
+    assert process.wait(timeout=60) == 128 + signal.SIGHUP
     assert steps_saved(tmp_path / "run") == len(metrics(tmp_path / "run")) >= 1
 
 
