@@ -89,7 +89,7 @@ def count_processes() -> int:
         if missing:
             raise UserError(f"RANK is set, but not {', '.join(missing)}: start with torchrun, or unset RANK")
         return int(os.environ["WORLD_SIZE"])
-    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1"))
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")  # set by srun, in contrast to an allocation's SLURM_NTASKS
     if tasks != "1":
         raise UserError(f"srun starts {tasks} tasks, and each would train alone: use one task per node, with torchrun")
     return 1

@@ -194,6 +194,11 @@ def test_processes_that_cannot_train_together_are_refused(monkeypatch, environme
         parse_args(["--batch-size", "32"])
 
 
+def test_one_process_trains_in_an_allocation_of_several_tasks(monkeypatch):
+    monkeypatch.setenv("SLURM_NTASKS", "8")  # in the shell that salloc opens, before any srun
+    assert parse_args([]).steps == 900
+
+
 @pytest.mark.parametrize("processes, most, expected", [(1, 32, 32), (2, 32, 16), (1, 7, 4), (4, 64, 8)])
 def test_the_micro_batch_divides_the_images_per_process(monkeypatch, processes, most, expected):
     for name, value in dict(RANK=0, WORLD_SIZE=processes, MASTER_ADDR="localhost", MASTER_PORT=1).items():
