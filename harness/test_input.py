@@ -55,6 +55,7 @@ def refused(message: str):
         ("--clip ViT-L-14", "ViT-L-14: no such CLIP; expected a recipe"),
         ("--clip miniature@", ": no such weights"),
         ("--clip miniature@hf-hub:a/b", "hf-hub:a/b: no such weights; expected a file, .* or hf-hub:OWNER/NAME/PATH"),
+        ("--clip hf-hub:a/b@main", "main: no such weights; .*; for a revision, download it and name its folder"),
         ("--diffusion nowhere", "nowhere: no such diffusion model"),
         ("--seed 99999999999999999999", "argument --seed: 99999999999999999999: must be between 0 and"),
         ("--timesteps 500", "argument --timesteps: '500': must be LOW:HIGH"),
