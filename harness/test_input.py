@@ -303,6 +303,33 @@ def test_a_terminal_without_greek_letters_ends_no_command(monkeypatch):
 
 COMMANDS = ["train.py", "evaluate_mmvp.py"]
 COMMANDS += [f"{p.relative_to(ROOT)}" for p in sorted(ROOT.glob("[em]*/[!_]*.py")) if not p.name.startswith("test_")]
+WITHOUT_TORCH = """
+import os, runpy, sys
+path = sys.argv.pop(1)
+sys.path[0], sys.modules["torch"] = os.path.dirname(path), None  # None: an import fails
+try:
+    runpy.run_path(path, run_name="__main__")
+finally:
+    print(os.environ.get("GOMP_SPINCOUNT"))
+"""
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("flags, exit_code, lines", [("--help", 0, 0), ("--no-such-option", 2, 1)])
+def test_every_command_answers_before_torch_is_imported(command, flags, exit_code, lines):
+    """And `harness` is imported first: torch's OpenMP reads the GOMP_SPINCOUNT that it sets."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    line = [sys.executable, "-c", WITHOUT_TORCH, f"{ROOT / command}", flags]
+    done = subprocess.run(line, env=environment, capture_output=True, text=True)
+    assert (done.returncode, len(done.stderr.splitlines())) == (exit_code, lines), done.stderr
+    assert done.stdout.splitlines()[-1] == "1000"
+
+
+def test_a_linked_command_finds_its_modules(tmp_path):
+    (tmp_path / "export.py").symlink_to(ROOT / "extras" / "export.py")
+    subprocess.run([sys.executable, "-I", f"{tmp_path}/export.py", "--help"], check=True, capture_output=True)
+
+
 LEVELS = ["train", "beyond evaluate_mmvp", "model", "condition data", "harness"]  # from the top
 
 
