@@ -25,7 +25,7 @@ from condition import parse_recap
 from harness.checkpoint import load_checkpoint, read_state, save_checkpoint
 from harness.errors import Stopped, UserError, exit_on_user_error
 from harness.mmvp import Pair, read_mmvp
-from harness.options import parse_args
+from harness.options import make_parser, parse_args
 from harness.recipes import MINIATURE, RECIPES, SD21, SD21_MIRROR, beyond_the_paper
 from harness.sources import find_images, shard_index
 
@@ -216,15 +216,19 @@ def test_overridden_settings_are_reported(capsys):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_recipe_is_the_papers_and_the_options_beyond_the_paper(recipe):
-    """What `beyond_the_paper` lists, typed, gives the recipe's settings; --help shows them in the same form."""
+def test_the_options_beyond_the_paper_give_the_recipe_when_typed(recipe):
     row = vars(RECIPES[recipe])
     options = " ".join(beyond_the_paper(json.loads(json.dumps(row))))  # as in args.json
     args = parse_args(["--recipe", "miniature-paper", "--steps", "5600", *options.split()])
     names = ["timesteps", "optimizer", "projection", "projection_steps", "projection_lr", "freeze_projection", "ldifs"]
     assert [getattr(args, name) for name in names] == [row[name] for name in names]
-    assert ("--timesteps 500:1000" in options) == (recipe in ("miniature", "two-stage-openai-vit-l-14-224"))
     assert args.out == "runs/miniature-paper"
+
+
+@pytest.mark.parametrize("recipe, shown", [("miniature", "(500:1000)"), ("openai-vit-l-14-336", "(0:1000)")])
+def test_help_shows_the_recipes_settings(recipe, shown):
+    text = make_parser(recipe).format_help()
+    assert shown in text and f"({RECIPES[recipe].recap})" in text and f"({RECIPES[recipe].lr})" in text
 
 
 @pytest.mark.parametrize(
@@ -292,7 +296,7 @@ def test_a_bug_keeps_its_traceback(error):
         raise error
 
 
-def test_a_terminal_without_greek_letters_ends_no_command(monkeypatch):
+def test_a_terminal_without_greek_letters_is_no_error(monkeypatch):
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
     monkeypatch.setattr(sys, "stdout", terminal)
     with exit_on_user_error("command"):
