@@ -69,7 +69,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 import data
 import train
 from beyond import Ldifs, stages
-from harness.run import peak_memory
+from harness.metrics import peak_memory
 from model import Diffusion
 
 OPENAI = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))  # mean and std of the channels
