@@ -5,7 +5,14 @@
     python extras/bench.py --recipe openai-vit-l-14-224 --as-released      # adds the released code's work
 
 The step is train.py's own loop, on one device and without DDP, with random weights and synthetic images: one
-micro-batch and the optimizer's update. Nothing is downloaded. extras/README.md explains the figures.
+micro-batch and the optimizer's update, which a run with accumulation makes less often. Nothing is downloaded.
+
+The parts: "draws" are t, ε and the patches, made on the CPU and copied; "U-Net forward" includes z_t, "backward" the
+loss and the penalty of --ldifs, "optimizer" the clipping of the gradient. The device is waited for after each part, so
+on a GPU the parts add up to more than the step. A compiled step has no parts.
+Memory: the maximum allocated on the GPU during a step; without a GPU, the maximum of the process.
+Work: counted on torch's meta device, not measured; attention counts as two matrix products.
+The released step and the step take turns, and each pair gives one ratio, so a slower machine slows down both.
 """
 
 from __future__ import annotations
