@@ -56,7 +56,7 @@ from condition import visual_tokens
 from evaluate_mmvp import EMBEDDINGS, pairs_right, similarities
 from extras.zero_shot import classify
 from harness.mmvp import read_mmvp
-from harness.scores import type_names
+from harness.scores import bootstrap_means, percentile_interval, type_names
 from miniature import world
 from miniature.gates import ridge
 from miniature.models import DEVICE
@@ -134,16 +134,16 @@ def answers(right: np.ndarray) -> np.ndarray:
 
 
 def score(outcomes: np.ndarray) -> np.ndarray:
-    """The mean over groups of right / all, in percent, of outcomes summed over scenes (..., groups, 2)."""
+    """The mean over groups of right / all, in percent, of the scenes' summed or mean outcomes (..., groups, 2)."""
     return 100 * (outcomes[..., 0] / outcomes[..., 1]).mean(-1)
 
 
 def change(before: np.ndarray, after: np.ndarray, draws: int = 2000) -> tuple[float, float, float]:
     """The change of `score` in points, and its 95% interval: a bootstrap that draws the same scenes for both."""
-    n = len(before)
-    counts = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), draws).astype(float)  # how often each is drawn
-    differences = score(np.tensordot(counts, after, 1)) - score(np.tensordot(counts, before, 1))
-    return float(score(after.sum(0)) - score(before.sum(0))), *np.percentile(differences, [2.5, 97.5])
+    both = np.stack([before, after], 1)  # (n, 2, groups, 2)
+    scores = score(bootstrap_means(both, np.random.default_rng(0), draws))  # (draws, 2)
+    points = score(after.sum(0)) - score(before.sum(0))
+    return float(points), *percentile_interval(scores[:, 1] - scores[:, 0])
 
 
 def verdict(kept: bool, low: float, high: float) -> str:

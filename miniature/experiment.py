@@ -89,13 +89,15 @@ def read_args(argv: list[str] | None = None) -> argparse.Namespace:
     for pattern in args.rows or ROWS:
         found = [row for row in ALL if fnmatchcase(row, pattern)]
         if not found:
-            raise UserError(f"--rows {pattern}: no such row; name some of {', '.join(ALL)}")
+            raise UserError(f"--rows {pattern}: no such row; the rows are {'; '.join(ALL)}")
         rows += [row for row in found if row not in rows]
     args.rows = rows
     if args.pairs < 1 or args.jobs < 1 or min(args.seeds) < 0:
         raise UserError("--pairs and --jobs must be at least 1, --seeds 0 or more")
+    if not {*OTHER_PHI}.isdisjoint(rows) and not Path("other/diffusion").is_dir():
+        raise UserError("other/diffusion: not found; make it as the docstring of make.py says")
     for row in rows:
-        run_settings(row, 0, args.flags, args.out)  # refuses what train.py refuses, before anything is run
+        run_settings(row, 0, args.flags, args.out)  # raises what train.py would raise, before any run
     return args
 
 

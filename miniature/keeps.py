@@ -28,7 +28,7 @@ def read_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("run", nargs="?", default="runs/miniature", metavar="RUN", help="a run's folder (%(default)s)")
     parser.add_argument("--scenes", type=int, default=300, metavar="N", help="scenes to draw (%(default)s)")
     parser.add_argument("--steps", type=int, default=25, metavar="N", help="DDIM steps (%(default)s)")
-    parser.add_argument("--guidance", type=float, default=1, metavar="G", help="classifier-free; 1 is none (%(default)s)")
+    parser.add_argument("--guidance", type=float, default=1, metavar="G", help="1 is no guidance (%(default)s)")
     args = parser.parse_args(argv)
     if args.scenes < 2 or not 1 <= args.steps <= 1000 or not 1 <= args.guidance < float("inf"):
         raise UserError("--scenes must be at least 2, --steps from 1 to 1000, --guidance at least 1")

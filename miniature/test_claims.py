@@ -1,8 +1,4 @@
-"""claims.py, keeps.py and experiment.py: their figures beside figures that are computed in another way."""
-
-import os
-
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same bits on every machine
+"""claims.py and keeps.py: their figures are compared with figures computed in another way."""
 
 import numpy as np
 import pytest
@@ -15,8 +11,8 @@ from miniature import claims, gates, keeps, world
 from model import load_clip
 
 
-def test_the_mask_is_where_the_thing_is():
-    """Pixel by pixel: the pictures of two colours differ there, and nowhere else; `draw` has the same pixels."""
+def test_the_mask_covers_the_thing():
+    """The pictures of two colours differ exactly under the mask; `draw` has the same pixels."""
     for i, scene in enumerate(world.random_scenes(20, 46)):
         scene[1], other = 0, scene.copy()
         other[1] = 2
@@ -24,7 +20,7 @@ def test_the_mask_is_where_the_thing_is():
         assert red.tobytes() == world.draw(scene, np.random.default_rng(i)).tobytes()
         assert mask.size == red.size and mask.tobytes() == again.tobytes()
         changed = np.abs(np.asarray(red).astype(int) - np.asarray(blue)).max(-1) > 0
-        hat = (np.asarray(red)[..., 2] > 190) & (np.asarray(red)[..., 0] < 60)  # drawn over the thing
+        hat = (np.asarray(red)[..., 2] > 190) & (np.asarray(red)[..., 0] < 60)  # covers the thing
         assert changed.any() and (changed <= (np.asarray(mask) > 0)).all()
         assert (changed | hat)[np.asarray(mask) > 128].all()
 
@@ -59,7 +55,7 @@ def small(tmp_path_factory) -> tuple:
     return clip, drawn, pairs, claims.measure(clip, drawn, pairs, 200)
 
 
-def test_each_row_is_what_it_says(small):
+def test_each_row_measures_what_its_name_says(small):
     clip, (scenes, pictures, labels), pairs, rows = small
     assert list(rows) == list(claims.ROWS) and len(np.unique(scenes, axis=0)) == 300
     score = {name: claims.score(outcomes.sum(0)) for name, outcomes in rows.items()}
@@ -95,7 +91,7 @@ def test_each_row_is_what_it_says(small):
     assert 0.02 < (labels > 0).mean() < 0.5
 
 
-def test_the_interval_is_the_bootstraps_over_scenes():
+def test_the_interval_is_a_bootstrap_over_scenes():
     rng = np.random.default_rng(0)
     before, after = (rng.random(400) < share for share in (0.5, 0.6))
     points, low, high = claims.change(claims.answers(before), claims.answers(after))
@@ -119,7 +115,7 @@ def test_the_verdict_follows_the_interval(kept, low, high, holds):
     assert claims.verdict(kept, low, high) == holds
 
 
-def test_what_is_kept_is_counted_scene_by_scene():
+def test_keeps_counts_scene_by_scene():
     scenes, rng = world.random_scenes(50, 49), np.random.default_rng(0)
     reads = [np.where(rng.random(scenes.shape) < share, scenes, scenes + 1) for share in (1, 0.8, 0.3, 0.6)]
     lines = keeps.table(scenes, reads).splitlines()

@@ -1,7 +1,5 @@
 """The miniature: make.py draws the files in the repository, and the diffusion model reads its captions."""
 
-from test_smoke import CPU, run, settings, weights  # first: it sets what the libraries read when they are imported
-
 import argparse
 import io
 import json
@@ -14,19 +12,20 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, CLIPTextModel
 
+import beyond
 import data
 import model
 import train
-import beyond
 from condition import VisualCondition, parse_recap
 from harness.errors import UserError
 from harness.mmvp import read_mmvp
 from harness.recipes import MINIATURE, RECIPES, TYPES
 from miniature import experiment, make, models, world
+from test_smoke import CPU, run, settings, weights
 
 
-def test_the_miniature_is_what_its_script_draws(tmp_path):
-    """The images and the benchmark in the repository are make.py's, within the rounding of another JPEG codec."""
+def test_make_draws_the_files_in_the_repository(tmp_path):
+    """The images and the benchmark, except for the rounding of another JPEG codec."""
     world.write_images(tmp_path)
     world.write_mmvp(tmp_path / "mmvp")
     embedded, drawn = (data.open_images([f"{folder}/images.tar"], False) for folder in (MINIATURE, tmp_path))
@@ -43,7 +42,7 @@ def test_the_miniature_is_what_its_script_draws(tmp_path):
 def test_a_pair_differs_in_one_detail():
     pairs = read_mmvp(f"{MINIATURE}/mmvp")
     assert [pair.type for pair in pairs] == [name for name in TYPES for _ in range(100)]
-    regions = {"Quantity": (0, 0, 45, 18), "Text": (46, 0, 64, 18)}  # else the thing and its ground, below
+    regions = {"Quantity": (0, 0, 45, 18), "Text": (46, 0, 64, 18)}  # by default, anywhere
     for pair in pairs:
         words = [statement.split() for statement in pair.statements]
         said = {" ".join(word for word in words[i] if word not in words[1 - i]) for i in (0, 1)} - {""}
@@ -57,12 +56,12 @@ def test_a_pair_differs_in_one_detail():
         outside[top:bottom, left:right] = False
         assert not outside.any()
         if pair.type not in ("Color", *regions):
-            assert not changed[:16].any()  # the stars and the sign stay
+            assert not changed[:16].any()  # the stars and the sign do not change
 
 
 @pytest.fixture(scope="module")
 def teacher() -> tuple:
-    """The miniature's diffusion model, a reader of its captions, 80 unseen scenes, their pixels and latents."""
+    """The miniature's diffusion model, a function that embeds captions, 80 unseen scenes, their pixels and latents."""
     folder = f"{MINIATURE}/diffusion"
     diffusion = model.load_diffusion(folder, "", torch.float32, CPU)
     tokenizer = AutoTokenizer.from_pretrained(folder, subfolder="tokenizer")
@@ -91,7 +90,7 @@ def other(tmp_path_factory):
 
 
 def test_the_diffusion_model_reads_with_the_text_tower_of_its_world(other):
-    """Its text encoder beside open_clip's tower; its U-Net and VAE beside those it starts from."""
+    """Compares its text encoder with open_clip's tower, and its U-Net and VAE with those that it starts from."""
     clip = model.load_clip(f"{other}/clip").model
     captions = ["the near red key", "a photo of the house beside A under two stars"]
     ids = models.tokens(captions, models.tokenizer(24))
@@ -100,7 +99,7 @@ def test_the_diffusion_model_reads_with_the_text_tower_of_its_world(other):
         expected = clip.ln_final(hidden)  # (2, 24, 96)
     embedded = model.embed_texts(f"{other}/diffusion", captions)
     for row, tokens, right in zip(embedded, captions, expected):
-        length = 2 + len(tokens.split())  # the pads differ, and no token before them sees them
+        length = 2 + len(tokens.split())  # the padding differs; no earlier token attends to it
         assert torch.allclose(row[:length], right[:length], atol=1e-2)  # fp16
     own, first = (model.load_diffusion(f"{w}/diffusion", "", torch.float32, CPU) for w in (other, MINIATURE))
     assert own.text_embedding.shape == (1, 24, 96) and len(clip.transformer.resblocks) == 3
@@ -116,7 +115,7 @@ def test_the_diffusion_model_reads_with_the_text_tower_of_its_world(other):
 
 @pytest.mark.parametrize("contrastive", [True, False])
 def test_which_towers_learn(contrastive):
-    """The text tower learns from pictures only if both learn together."""
+    """The text tower is trained with the vision tower only if `contrastive`."""
     clip, rng = model.load_clip("miniature").model, np.random.default_rng(0)
     before = {name: value.clone() for name, value in clip.named_parameters()}
     scenes, pixels = models.pool(16, 1)
@@ -142,7 +141,7 @@ def test_make_refuses(tmp_path, argv, message):
 
 
 def unseen_losses(diffusion, latents: torch.Tensor, condition: torch.Tensor, lowest: int) -> np.ndarray:
-    """train.py's loss of each four scenes under a condition, at t from `lowest`, with the same draws for every one."""
+    """train.py's losses of four scenes at a time under a condition, with fixed draws and t from `lowest`."""
     losses = []
     for b in range(0, len(latents), 4):
         rng = np.random.default_rng(b)
@@ -154,13 +153,13 @@ def unseen_losses(diffusion, latents: torch.Tensor, condition: torch.Tensor, low
 
 
 def clearly_lower(losses: np.ndarray, others: np.ndarray) -> bool:
-    """By three standard errors of the difference."""
+    """Lower by three standard errors of the difference."""
     rises = others - losses
     return rises.mean() > 3 * rises.std(ddof=1) / math.sqrt(len(rises))
 
 
 def test_the_teacher_reads_its_captions(teacher):
-    """train.py's loss with the right caption, and with one wrong in a single detail."""
+    """train.py's loss is lower with the right caption than with a caption that is wrong in one detail."""
     diffusion, read, scenes, _, latents = teacher
     scenes, latents, clear = scenes[:40], latents[:40], 0
     for k, values in enumerate(world.DETAILS.values(), start=2):
@@ -173,7 +172,7 @@ def test_the_teacher_reads_its_captions(teacher):
 
 
 def test_a_fitted_class_token_says_more_than_the_empty_text(teacher):
-    """On unseen scenes, before any training; and another scene's class token says less than nothing."""
+    """The loss on unseen scenes before training is lower than with the empty text; with another scene's it is higher."""
     diffusion, _, scenes, pixels, latents = teacher
     args = settings("unused", "--recap none")
     clip, _, conditioner = train.build(args, CPU)
@@ -186,7 +185,7 @@ def test_a_fitted_class_token_says_more_than_the_empty_text(teacher):
 
 
 def test_the_linear_layer_alone_learns_to_say_more(teacher, tmp_path):
-    """Forty steps from a random start: on unseen scenes the loss falls, and another scene's class token costs more."""
+    """After 40 steps from a random start the loss on unseen scenes is lower, and higher with another scene's token."""
     diffusion, _, _, pixels, latents = teacher
     flags = "--recap none --batch-size 16 --micro-batch 16 --optimizer adamw"
     out = run(tmp_path / "run", f"{flags} --steps 40 --projection-steps 40 --projection-lr 0.003")
@@ -201,8 +200,8 @@ def test_the_linear_layer_alone_learns_to_say_more(teacher, tmp_path):
     assert clearly_lower(losses[0], losses[1]) and clearly_lower(losses[0], losses[2])
 
 
-def test_every_row_is_one_that_train_takes():
-    """All rows; the grid's rates, and twice the recipe's steps, as train.py reads them."""
+def test_train_accepts_every_row():
+    """train.py's parser accepts all rows; the grid has the intended rates, and "twice" follows the recipe."""
     rows = experiment.read_args(["--rows", *experiment.ROWS, "paper, *"]).rows
     assert len(rows) == len(experiment.ROWS) + 48 and len(set(rows)) == len(rows)
     twice = experiment.run_settings("twice the steps", 3, "--states 1", tmp := Path("runs"))
@@ -211,8 +210,9 @@ def test_every_row_is_one_that_train_takes():
     rates = {(args.optimizer, args.lr) for args in grid}
     assert rates == {("sgd", float(f"5e{k}")) for k in range(-6, -2)} | {("adamw", 10.0**k) for k in range(-6, -2)}
     assert all((a.projection, a.ldifs, a.timesteps) == ("random", 0, (0, 1000)) for a in grid)
-    with pytest.raises(UserError, match="--rows no pull: no such row"):
-        experiment.read_args(["--rows", "no pull"])
+    for row, message in (("no pull", "no such row"), ("another CLIP's φ", "other/diffusion: not found")):
+        with pytest.raises(UserError, match=message):
+            experiment.read_args(["--rows", row])
 
 
 @pytest.mark.parametrize("row, seen", [("as the recipe", [0, 1, 2]), ("as the recipe, another image", [2, 0, 1])])
@@ -227,14 +227,13 @@ def test_the_control_takes_the_condition_of_the_image_before(tmp_path, monkeypat
 
     monkeypatch.setattr(train, "train", train_once)
     settings = argparse.Namespace(out=str(tmp_path), projection_steps=1)
-    assert experiment.train_with_feedback(row, settings) == [1, 2]  # those that train CLIP
+    assert experiment.train_with_feedback(row, settings) == [1, 2]  # the steps that train CLIP
     assert conditions[0].flatten().tolist() == seen and train.denoising_loss is loss
 
 
 def test_the_table_of_rows(tmp_path):
-    """Two seeds of one row, 27 pairs; and another benchmark is refused."""
-    out = tmp_path
-    args = experiment.read_args(["--rows", "as the recipe", "--seeds", "1", "2", "--pairs", "3", "--out", str(out)])
+    """Two seeds of one row, 27 pairs; a folder with another benchmark is refused."""
+    args = experiment.read_args(["--rows", "as the recipe", "--seeds", "1", "2", "--pairs", "3", f"--out={tmp_path}"])
     world.write_mmvp(tmp_path / "mmvp", 3, seed=20)
     rng = np.random.default_rng(0)
     right = rng.integers(0, 2, (3, 2, 27))  # before and two seeds, embeddings, pairs
