@@ -172,7 +172,7 @@ def test_the_teacher_reads_its_captions(teacher):
 
 
 def test_a_fitted_class_token_says_more_than_the_empty_text(teacher):
-    """The loss on unseen scenes before training is lower than with the empty text; with another scene's it is higher."""
+    """On unseen scenes before training, the loss is lower than the empty text's, and another scene's token's is higher."""
     diffusion, _, scenes, pixels, latents = teacher
     args = settings("unused", "--recap none")
     clip, _, conditioner = train.build(args, CPU)
