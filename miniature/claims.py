@@ -162,7 +162,7 @@ def markdown(rows: list[list[str]]) -> str:
 
 def table(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> str:
     """The claims in Markdown."""
-    rows = [["claim", "in the paper", "here, in percent", "before", "after", "change (95% interval)", "the claim"]]
+    rows = [["claim", "in the paper", "here, in percent", "before", "after", "change (95% interval)", "verdict"]]
     for name, (claim, paper) in ROWS.items():
         points, low, high = change(before[name], after[name])
         scores = [f"{score(outcomes[name].sum(0)):.1f}" for outcomes in (before, after)]

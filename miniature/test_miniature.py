@@ -172,7 +172,7 @@ def test_the_teacher_reads_its_captions(teacher):
 
 
 def test_a_fitted_class_token_says_more_than_the_empty_text(teacher):
-    """On unseen scenes before training, the loss is lower than the empty text's, and another scene's token's is higher."""
+    """Losses on unseen scenes, before training: with its own class token < the empty text < another scene's token."""
     diffusion, _, scenes, pixels, latents = teacher
     args = settings("unused", "--recap none")
     clip, _, conditioner = train.build(args, CPU)
