@@ -59,7 +59,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from condition import VisualCondition, draw_patch_indices
 from data import open_images
-from harness.checkpoint import load_checkpoint
+from harness.checkpoint import load_checkpoint, read_state
 from harness.mmvp import read_mmvp
 from harness.pictures import open_image, to_rgb
 from model import Diffusion
@@ -131,7 +131,7 @@ def load_run(run: str, device: torch.device) -> Reconstruction:
     if args.random_weights:
         raise UserError(f"{run}: was started with --random-weights, so its φ cannot draw")
     checkpoint = Path(run, "checkpoint.pt")
-    if not checkpoint.exists():
+    if read_state(checkpoint) is None:
         raise UserError(f"{run}: has no checkpoint.pt yet; the run writes it at its first save")
     args.precision = "bf16" if device.type == "cuda" else "fp32"
     args.compile = args.grad_checkpointing = False
