@@ -43,7 +43,7 @@ def read_args(argv: list[str] | None = None) -> argparse.Namespace:
         raise UserError("--times: must be at least 1")
     args = parse_args([*options, "--random-weights", "--data", "synthetic", "--projection", "random"])
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("bench.py measures one process: start it with python, not with torchrun")
+        raise UserError("measures one process: start it with python, not with torchrun")
     args.batch_size = args.micro_batch
     return argparse.Namespace(**vars(args) | vars(own))
 

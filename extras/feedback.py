@@ -45,7 +45,7 @@ def read_args(argv: list[str] | None = None) -> argparse.Namespace:
         raise UserError("--draws and --pairs must be at least 1, --moves at least 0")
     args = parse_args([*options, "--steps", "1000000000"])  # --projection-steps must not exceed it
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("feedback.py is one process: start it with python, not with torchrun")
+        raise UserError("runs as one process: start it with python, not with torchrun")
     if not args.mmvp:
         raise UserError("--mmvp is needed: the hub's MMVP/MMVP_VLM, or a folder in its layout")
     if args.data == ["synthetic"] and args.projection_steps:
