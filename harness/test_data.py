@@ -1,7 +1,5 @@
 """Unusual images, folders and shards are read as users expect, and what is skipped is reported."""
 
-from test_smoke import ROOT, jpeg, metrics, picture, run, write_shard  # first: it sets the libraries' environment
-
 import io
 import os
 import pwd
@@ -21,6 +19,7 @@ import data
 from harness.pictures import FORMATS, read_image, to_rgb
 from harness.sources import expand_paths
 from harness.test_input import refused
+from test_smoke import ROOT, jpeg, metrics, picture, run, write_shard
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Images
