@@ -7,8 +7,8 @@ Below each image are the pictures that φ draws from the condition of the untouc
 is the same for both: the initial noise, the patches of the recap, and the linear layer, which is the one at the run's
 end. DDIM adds no noise, so the pictures differ only by what CLIP says.
 
-The images are not chosen by hand: by default they are the first images of every n-th pair of the run's benchmark, in
-its order, where n is the number of pairs divided by --count; so they are spread evenly over the types. A run without a
+The images are not chosen by hand. By default they are the first image of every n-th pair of the run's benchmark, in its
+order, where n is the number of pairs divided by --count, so they are spread evenly over the types. A run without a
 benchmark shows the first images of its data.
 """
 
