@@ -24,7 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from harness.errors import UserError, exit_on_user_error, usage_error
-from harness.options import parse_args
+from harness.options import count_processes, parse_args
 
 
 def read_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -42,8 +42,8 @@ def read_args(argv: list[str] | None = None) -> argparse.Namespace:
     if own.times < 1:
         raise UserError("--times: must be at least 1")
     args = parse_args([*options, "--random-weights", "--data", "synthetic", "--projection", "random"])
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("bench.py measures one process: start it with python, not with torchrun")
+    if count_processes() > 1:
+        raise UserError("measures one process: start it with python, not with torchrun")
     args.batch_size = args.micro_batch
     return argparse.Namespace(**vars(args) | vars(own))
 

@@ -49,10 +49,10 @@ def open_image(content: bytes) -> Image.Image:
         raise UnidentifiedImageError("unsupported image format") from None
 
 
-def read_image(path: str | os.PathLike) -> Image.Image:
-    """Reads an image file as `to_rgb` returns it. UserError: it is not a readable image."""
+def read_image(path: str | os.PathLike, content: bytes | None = None) -> Image.Image:
+    """Reads an image file, or its `content`, as `to_rgb` returns it. UserError: it is not a readable image."""
     try:
-        with open_image(Path(path).read_bytes()) as image:
+        with open_image(Path(path).read_bytes() if content is None else content) as image:
             return to_rgb(image)
     except Exception as error:
         raise UserError(f"{path}: not a readable image ({one_line(error)})") from None
@@ -64,7 +64,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises:
         ValueError: 32-bit gray, which has no defined white level.
     """
-    with contextlib.suppress(Exception):  # broken EXIF is ignored; broken pixels raise again in the conversion
+    image.load()  # raises on broken pixels; a second load of a JPEG 2000 file would not
+    with contextlib.suppress(Exception):  # broken EXIF is ignored
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I;16"):  # Pillow would clip 16-bit gray at 255
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")

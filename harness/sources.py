@@ -14,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from harness.errors import UserError, one_line
+from harness.files import atomic_path
 from harness.pictures import IMAGE_SUFFIXES
 
 
@@ -205,15 +206,9 @@ def shard_index(path: str) -> np.ndarray:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({one_line(error)})") from None
 
-    part = cache.with_suffix(f".{os.getpid()}")
-    with contextlib.suppress(OSError):  # read-only or full: the next start indexes again
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(part, "wb") as file:
-                np.save(file, np.concatenate([stamp, members]))
-            os.replace(part, cache)  # atomic: several processes may write it
-        finally:
-            part.unlink(missing_ok=True)
+    with contextlib.suppress(UserError):  # read-only or full: the next start indexes again
+        with atomic_path(cache) as temporary, open(temporary, "wb") as file:
+            np.save(file, np.concatenate([stamp, members]))
     return members
 
 

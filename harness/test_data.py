@@ -1,7 +1,5 @@
 """Unusual images, folders and shards are read as users expect, and what is skipped is reported."""
 
-from test_smoke import ROOT, jpeg, metrics, picture, run, write_shard  # first: it sets the libraries' environment
-
 import io
 import os
 import pwd
@@ -21,6 +19,7 @@ import data
 from harness.pictures import FORMATS, read_image, to_rgb
 from harness.sources import expand_paths
 from harness.test_input import refused
+from test_smoke import ROOT, jpeg, metrics, picture, run, write_shard
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Images
@@ -99,7 +98,8 @@ def test_broken_metadata_loses_no_pixels():
     profile.add_text("Raw profile type exif", "\nexif\n 8\n4578")
     broken = [b"\xff" * 30, exif(2, b"6\0\0\0", 2), exif(1, b"\6\0\0\0"), exif(3, b"\x63\0\0\0")]
     files = [encoded(image, format, exif=content) for format in ("JPEG", "PNG", "WEBP") for content in broken]
-    for content in [*files, encoded(image, "PNG", pnginfo=profile)]:
+    files += [encoded(image, "PNG", pnginfo=profile), encoded(image, "JPEG2000")]
+    for content in files:
         crop = data.decode_crop(content, 32, np.random.default_rng(0))
         assert (crop[:, :, 31] - crop[:, :, 0].int()).min() > 200  # upright: light on the right
         with pytest.raises(OSError):  # Pillow's many messages for an image cut short
