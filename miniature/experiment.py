@@ -5,9 +5,9 @@
     python miniature/experiment.py --rows "another CLIP*"                        # needs the folder `other`: see make.py
     python miniature/experiment.py --rows "paper, *" --seeds 0 --pairs-seed 31 --out runs/choose        # the grid
 
-A row is a name and the flags of train.py that it changes. Each CLIP is measured on 3,600 pairs and 3,000 pictures that
-no training has seen, and compared with the untouched CLIP. Finished runs are kept in OUT and not repeated. Use
-`--pairs-seed 31` to choose settings, and the default pairs to report them.
+A row has a name and flags of train.py. Each CLIP is measured on 3,600 pairs and 3,000 pictures that no training has
+seen, and compared with the untouched CLIP. Finished runs are kept in OUT and not repeated. Choose settings with
+`--pairs-seed 31`, and report them on the default pairs (seed 20).
 
 The table gives, for each row, the mean over its seeds: the change of the pair score in points for both embeddings, ±
 its standard error over pairs and, for several seeds, ± over seeds; the change of zero-shot class accuracy in points;
@@ -32,7 +32,7 @@ from harness.options import parse_args
 from harness.recipes import RECIPES
 
 PAPER, OTHER, STEPS = "--recipe miniature-paper", "--diffusion other/diffusion", RECIPES["miniature"].steps
-CONTROL = "another image"  # a row whose name ends so judges each image by the condition of the image before it
+CONTROL = "another image"  # rows that end with this use the condition of the previous image of the batch
 ROWS = {
     "as the recipe": "",
     "as the recipe, another image": "",
