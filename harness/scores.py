@@ -75,7 +75,7 @@ def table(clips: list[Rights], recipes: list[str | None], types: list[str]) -> s
 
     `recipes` are for each CLIP the recipe that it is, if it is one: its published scores get a column.
     """
-    columns = [["", *type_names(types), "average", "95% interval"]]
+    columns = [["% right (chance: 25)", *type_names(types), "average", "95% interval"]]
     for k, (rights, recipe) in enumerate(zip(clips, recipes), start=1):
         for embedding, score in scores(rights, types).items():
             figures = [f"{value:.1f}" for value in [*score["types"].values(), score["average"]]]
