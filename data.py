@@ -9,12 +9,11 @@ position in the global batch, and with nothing else. So the number of processes,
 the device change no draw.
 """
 
-import collections
 import functools
 import sys
 import threading
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 
 import numpy as np
 import torch
@@ -140,11 +139,14 @@ def micro_batch_keys(
             yield [(step, position) for position in range(start, start + micro_batch)]
 
 
-def read_batches(dataset: TrainingImages, keys: Iterator, workers: int, device: torch.device) -> Iterator[dict]:
+def read_batches(
+    dataset: TrainingImages, keys: Iterator, workers: int, device: torch.device, waiting: Callable = lambda: None
+) -> Iterator[dict]:
     """The micro-batches of `keys`, on `device`; `workers` of them are read ahead, by one thread each.
 
     Pillow releases Python's lock, so threads are enough. Unlike processes they end with the run, however it ends, and
-    need no shared memory.
+    need no shared memory. `waiting` is called every half second while a batch is late: it may raise, so that a disk
+    that never answers does not block signals.
     """
 
     def read(batch: list, into: Future) -> None:
@@ -153,14 +155,19 @@ def read_batches(dataset: TrainingImages, keys: Iterator, workers: int, device: 
         except BaseException as error:
             into.set_exception(error)
 
-    ahead = collections.deque()
+    def oldest() -> dict:
+        while not wait(ahead[:1], timeout=0.5).done:
+            waiting()
+        return to_device(ahead.pop(0).result(), device)
+
+    ahead = []
     for batch in keys:
         ahead.append(Future())
         threading.Thread(target=read, args=(batch, ahead[-1]), daemon=True).start()  # daemon: exits do not wait for it
         if len(ahead) > workers:
-            yield to_device(ahead.popleft().result(), device)
-    for future in ahead:
-        yield to_device(future.result(), device)
+            yield oldest()
+    while ahead:
+        yield oldest()
 
 
 def collate(items: list[dict]) -> dict:

@@ -22,6 +22,7 @@ from transformers import AutoTokenizer, CLIPTextModel
 
 from condition import visual_tokens
 from harness.errors import UserError
+from harness.files import atomic_path
 from harness.pictures import read_image
 from harness.pretrained import check_kind, clip_options, load_part, load_tokenizer, loading, random_diffusion
 from harness.recipes import SD21, SD21_MIRROR, check_diffusion
@@ -87,16 +88,18 @@ class Clip:
         raise UserError(self.tokenizer_error)
 
     def save(self, folder: Path) -> None:
-        """Writes the whole CLIP to `folder`, which open_clip loads as `local-dir:…`: config, weights, tokenizer.
+        """Writes the whole CLIP to `folder`, which open_clip loads as `local-dir:…`: config, tokenizer, weights.
 
-        A tokenizer that cannot be loaded is omitted; `tokenizer_error` then says why.
+        The weights are replaced atomically. A tokenizer that cannot be loaded is omitted; `tokenizer_error` then says
+        why. UserError: the folder cannot be written.
         """
         weights = {key: value.contiguous() for key, value in self.model.state_dict().items()}
-        save_file(weights, folder / "open_clip_model.safetensors")
-        save_config_for_hf(self.model, folder / "open_clip_config.json", model_config=self.config)
-        if self.config["text_cfg"].get("hf_tokenizer_name"):  # else it is built into open_clip
-            with contextlib.suppress(UserError):
-                self.tokenizer().save_pretrained(folder)
+        with atomic_path(folder / "open_clip_model.safetensors") as temporary:
+            save_config_for_hf(self.model, folder / "open_clip_config.json", model_config=self.config)
+            if self.config["text_cfg"].get("hf_tokenizer_name"):  # else it is built into open_clip
+                with contextlib.suppress(UserError):
+                    self.tokenizer().save_pretrained(folder)
+            save_file(weights, temporary)
 
 
 def load_clip(name: str, random_weights: bool = False, device: str = "cpu") -> Clip:

@@ -1,8 +1,7 @@
-"""The method, tested: each number beside something independent. `pytest` runs on a CPU and without a network.
+"""Tests of the method: each compares numbers with something independent. They need no GPU and no network.
 
-The models are the miniature's, and a small SigLIP with random weights: real formats, loaded by the same code as the
-real ones; they are built at the end of this file. What a run endures is tested in harness/test_run.py, what is refused
-in harness/test_input.py.
+The models are the miniature's and a small SigLIP with random weights, built at the end of this file; both are loaded by
+the same code as real ones. harness/test_run.py tests fault tolerance, harness/test_input.py the error messages.
 """
 
 import os
@@ -18,7 +17,6 @@ import atexit
 import io
 import json
 import math
-import re
 import shutil
 import signal
 import subprocess
@@ -32,7 +30,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoTokenizer, CLIPTextModel
 
 import beyond
@@ -43,6 +41,7 @@ import model
 import train
 from condition import Recap, parse_recap
 from harness import scores
+from harness.checkpoint import read_checkpoint, read_state
 from harness.errors import Stopped, UserError
 from harness.options import parse_args
 from harness.pretrained import quiet
@@ -63,13 +62,13 @@ def test_tokens_are_clips_own(clips, name):
     visual, images = clip.model.visual, torch.randn(3, 3, clip.image_size, clip.image_size)
     with torch.no_grad():
         cls, local = condition.visual_tokens(visual, images)
-        assert torch.equal(cls, clip.model.encode_image(images))  # to the last bit
+        assert torch.equal(cls, clip.model.encode_image(images))  # bit for bit
         assert torch.equal(local, local_tokens(visual, images))
     assert local.shape[1] == clip.num_patches
 
 
 def local_tokens(visual: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """The library's other way to the local tokens."""
+    """The local tokens by another way through the libraries."""
     if hasattr(visual, "trunk"):
         return visual.trunk.forward_features(images)[:, visual.trunk.num_prefix_tokens :]
     visual.output_tokens = True
@@ -79,10 +78,10 @@ def local_tokens(visual: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 
 class NoInit(torch.overrides.TorchFunctionMode):
-    """Leaves new weights unwritten, so that a tower on its way to the meta device costs neither time nor memory."""
+    """Skips the initialization of new weights, so that a tower costs no time before it goes to the meta device."""
 
     WRITES = ("normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "xavier_uniform_", "fill_")
-    WRITES += ("erfinv_", "mul_", "add_", "clamp_")  # timm's way to a truncated normal
+    WRITES += ("erfinv_", "mul_", "add_", "clamp_")  # timm's truncated normal
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function.__name__ in self.WRITES:
@@ -126,9 +125,9 @@ def test_recap_is_uniform_and_without_replacement():
     assert all(len(set(state)) == 5 for image in patches for state in image)
     counts = np.bincount(patches.ravel(), minlength=20)  # each of 20 patches: 8,000 draws of 5 of 20
     assert abs(counts - 2000).max() < 5 * math.sqrt(8000 * 0.25 * 0.75)
-    together = (patches == 3).any(-1) & (patches == 7).any(-1)  # and each pair of them: 5 · 4 / (20 · 19)
+    together = (patches == 3).any(-1) & (patches == 7).any(-1)  # each pair of patches: 5 · 4 / (20 · 19)
     assert abs(together.mean() - 1 / 19) < 5 * math.sqrt(1 / 19 / 8000)
-    assert (patches[:, 0] == patches[:, 1]).all(-1).mean() < 0.01  # drawn afresh for each state
+    assert (patches[:, 0] == patches[:, 1]).all(-1).mean() < 0.01  # each state has its own
 
 
 def test_recap_takes_the_tokens_it_names():
@@ -137,7 +136,7 @@ def test_recap_takes_the_tokens_it_names():
     random = condition.dense_recap(cls, local, Recap("random", 7, 2), drawn)
     assert random.shape == (2, 2, 3, 4)
     assert torch.equal(random[1, 0], torch.stack([cls[1], local[1, 3], local[1, 4]]))
-    pooled = condition.dense_recap(cls, local, Recap("pool", 7, 2, 3))  # 7 patches: two windows, the seventh is dropped
+    pooled = condition.dense_recap(cls, local, Recap("pool", 7, 2, 3))  # two windows; the seventh patch is dropped
     assert pooled.shape == (2, 1, 3, 4)
     torch.testing.assert_close(pooled[:, 0, 1:], torch.nn.functional.avg_pool1d(local.mT, 3, 3).mT)
     assert torch.equal(condition.dense_recap(cls, local, Recap("all", 7, 7))[:, 0], torch.cat([cls[:, None], local], 1))
@@ -149,8 +148,8 @@ def test_recap_takes_the_tokens_it_names():
 
 
 def written_out(clip, diffusion, conditioner, recap: str, images, latents, drawn: dict) -> torch.Tensor:
-    """The paper's algorithm, image by image and state by state, in the precision of its arguments."""
-    beta = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2  # SD's schedule, from its formula
+    """The paper's algorithm written out, image by image and state by state, in the precision of its arguments."""
+    beta = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2  # SD's schedule
     linear, losses = conditioner.projection, []
     for b, image in enumerate(images):
         cls, local = clip.encode_image(image[None])[0], local_tokens(clip.visual, image[None])[0]
@@ -235,7 +234,7 @@ def test_condition_in_bf16_is_near_fp32():
 
 
 def test_text_embedding_and_latents_are_diffusers():
-    """Beside diffusers' own pipeline: the prompt's embedding, and the VAE's mean times the scaling factor."""
+    """Against diffusers' pipeline: the embedding of the prompt, and the VAE's mean times the scaling factor."""
     folder = MINIATURE / "diffusion"
     diffusion = model.load_diffusion(str(folder), "the red house", torch.float32, CPU)
     parts = dict(vae=AutoencoderKL, unet=UNet2DConditionModel, tokenizer=AutoTokenizer, text_encoder=CLIPTextModel)
@@ -249,17 +248,17 @@ def test_text_embedding_and_latents_are_diffusers():
     torch.testing.assert_close(diffusion.encode(pixels), moments[:, :4] * scale)
 
 
-def test_clip_prepares_images_as_its_own_preprocessing_does():
-    """Pillow's bicubic resize and the CLIP's own numbers, within the rounding of Pillow's 8 bits."""
+def test_training_preprocesses_images_as_evaluation_does():
+    """Against Pillow's bicubic resize and the CLIP's own mean and std, within the rounding of Pillow's 8 bits."""
     clip, image = model.load_clip("miniature"), picture(150)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
     std = torch.tensor(clip.model.visual.preprocess_cfg["std"])[:, None, None]
     difference = (clip.preprocess_batch(pixels)[0] - clip.preprocess_image(image)) * std * 255
-    assert difference.abs().max() < 5  # Pillow rounds and cuts off twice, after rows and after columns
+    assert difference.abs().max() < 5  # Pillow rounds and clips twice, after rows and after columns
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# data.py: Algorithm 1, line 1, and what is drawn
+# data.py: Algorithm 1, line 1, and the draws
 
 
 def test_shards_read_what_tarfile_reads(tmp_path, monkeypatch):
@@ -268,7 +267,7 @@ def test_shards_read_what_tarfile_reads(tmp_path, monkeypatch):
     for s in range(3):
         files = {}
         for i in range(4):
-            key = f"{s:05}{i:04}" + "long" * 40 * (i == 2)  # a name beyond 100 bytes takes another header
+            key = f"{s:05}{i:04}" + "long" * 40 * (i == 2)  # a name longer than 100 bytes has another header
             files[f"{key}.jpg"] = rng.bytes(int(rng.integers(1, 2000)))
             files |= {f"{key}.txt": b"caption", f"{key}.json": b"{}"}
         shards.append(str(write_shard(tmp_path / f"{s:05}.tar", files)))
@@ -277,16 +276,16 @@ def test_shards_read_what_tarfile_reads(tmp_path, monkeypatch):
     images = data.open_images([f"{tmp_path}/*.tar"])
     assert [images.read(i) for i in range(len(images))] == expected
 
-    caches = list((tmp_path / "cache" / "diva").iterdir())  # here, and nowhere else
+    caches = list((tmp_path / "cache" / "diva").iterdir())  # written there and nowhere else
     assert len(caches) == 3 and len(list(tmp_path.iterdir())) == 4
     with monkeypatch.context() as patch:
-        patch.setattr(tarfile, "open", None)  # the cache must do
+        patch.setattr(tarfile, "open", None)  # read from the cache
         assert np.array_equal(data.open_images(shards).members, images.members)
-    caches[0].write_bytes(caches[0].read_bytes()[:100])  # cut short: made again
+    caches[0].write_bytes(caches[0].read_bytes()[:100])  # truncated: indexed again
     assert np.array_equal(data.open_images(shards).members, images.members)
-    write_shard(Path(shards[0]), {"a.png": b"12345"})  # changed: made again
+    write_shard(Path(shards[0]), {"a.png": b"12345"})  # changed: indexed again
     assert data.open_images(shards).read(0) == b"12345" and len(data.open_images(shards)) == 9
-    monkeypatch.setenv("XDG_CACHE_HOME", f"{shards[1]}/no/folder")  # no cache can be written: it is done without
+    monkeypatch.setenv("XDG_CACHE_HOME", f"{shards[1]}/no/folder")  # no cache can be written
     assert data.open_images(shards).read(0) == b"12345"
 
 
@@ -298,9 +297,9 @@ def test_crops_have_the_papers_area_and_ratio(monkeypatch):
         assert boxes.min() >= 0 and boxes.max() <= 1 + 1e-9
         ratio = w * width / (h * height)
         assert ratio.min() > 3 / 4 - 1e-9 and ratio.max() < 4 / 3 + 1e-9
-        if width != 1000:  # that one is too wide for the area: its largest centred crop
+        if width != 1000:  # that one is too wide for the area, so it gets its largest centered crop
             assert (w * h).min() > 0.9 - 1e-9
-    # One resize from a JPEG decoded at a fraction of its size, beside a crop and a resize of the whole.
+    # Decoded at a fraction of its size and resized once, against a crop and a resize of the whole image
     image = picture(1600).crop((0, 0, 1600, 1200))
     monkeypatch.setattr(data, "random_crop_box", lambda width, height, rng: (0.05, 0.02, 0.97, 0.99))
     crop = data.decode_crop(jpeg(image, quality=95), 128, rng).permute(1, 2, 0).numpy()
@@ -335,18 +334,18 @@ def test_draws_depend_on_seed_step_and_position_alone(tmp_path):
     changed = read(4, 1, 0, seed=1)
     assert not any(torch.equal(one[key][2], changed[key][2]) for key in one)
     noises = torch.stack([item[2] for item in one.values()])
-    assert len(noises.flatten(1).unique(dim=0)) == 8  # no two images share their noise
+    assert len(noises.flatten(1).unique(dim=0)) == 8  # each image has its own noise
     assert noises.mean().abs() < 5 / math.sqrt(noises.numel()) and abs(noises.std() - 1) < 0.05
 
     rngs = [np.random.default_rng(i) for i in range(5000)]
     for low, high in ((0, 1000), (500, 900)):
         draws = train.Draws(0, Recap("none", 1, 0), 2, range(low, high))
         t = train.draw_states(draws, (1, 1, 1), rngs, CPU)[0].numpy()
-        assert t.min() == low and t.max() == high - 1  # uniform: by five standard errors of the mean
+        assert t.min() == low and t.max() == high - 1  # uniform: its mean within five standard errors
         assert abs(t.mean() - (low + high - 1) / 2) < 5 * (high - low) / math.sqrt(12 * 10_000)
 
     order = data.TrainingImages(source, 64, 4)
-    seen = [order.index(*divmod(i, 4)) for i in range(10)]  # 2.5 steps are two epochs of 5 images
+    seen = [order.index(*divmod(i, 4)) for i in range(10)]  # 2.5 steps: two epochs of 5 images
     assert sorted(seen[:5]) == sorted(seen[5:]) == [0, 1, 2, 3, 4] and seen[:5] != seen[5:]
 
 
@@ -376,12 +375,12 @@ def test_learning_rate_is_the_papers():
     ],
 )
 def test_steps_are_clipped_sgd_with_momentum_and_nothing_else_moves(tmp_path, monkeypatch, more, moving, rates):
-    """Three steps of `train`, beside the gradient of each whole batch, clipped and taken by hand."""
+    """Three steps of `train`, against steps taken by hand with the clipped gradient of each whole batch."""
     flags = f"--micro-batch 1 --max-grad-norm 0.05 --lr 2 --warmup 0.67 --momentum 0.8 {more}"
     args, build, built = settings("unused", flags), train.build, []
     monkeypatch.setattr(train, "build", lambda *args: built.append(build(*args)) or built[-1])
     out = run(tmp_path / "run", flags)
-    clip, diffusion, conditioner = build(args, CPU)  # as they were at the start
+    clip, diffusion, conditioner = build(args, CPU)  # before training
     dataset = data.TrainingImages(data.open_images(args.data), 64, 4, args.seed)
     draws, velocity = train.Draws(args.seed, conditioner.recap, 2, range(1000)), {}
     for step, (line, parts, lr) in enumerate(zip(metrics(out), moving, rates, strict=True)):
@@ -398,7 +397,7 @@ def test_steps_are_clipped_sgd_with_momentum_and_nothing_else_moves(tmp_path, mo
         assert line["loss"] == pytest.approx(loss.item(), rel=1e-4) and line["lr"] == pytest.approx(lr)
         assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-4) and norm > 0.05
         if step and parts != moving[step - 1]:
-            velocity = {}  # each stage has an optimizer of its own
+            velocity = {}  # each stage has its own optimizer
         with torch.no_grad():
             for k, p in parameters.items():
                 velocity[k] = 0.8 * velocity.get(k, 0) + p.grad * 0.05 / norm
@@ -407,7 +406,7 @@ def test_steps_are_clipped_sgd_with_momentum_and_nothing_else_moves(tmp_path, mo
     for k, p in conditioner.named_parameters():
         torch.testing.assert_close(trained[k], p.detach(), rtol=1e-4, atol=1e-5)
 
-    start, (theta, phi, _) = model.load_clip("miniature").model.state_dict(), built[0]  # after the run
+    start, (theta, phi, _) = model.load_clip("miniature").model.state_dict(), built[0]  # after training
     moved = {k for k, v in theta.model.state_dict().items() if not torch.equal(v, start[k])}
     assert moved == {k for k, _ in theta.model.visual.named_parameters(prefix="visual")}
     assert torch.equal(trained["projection.weight"], conditioner.projection.weight) == ("freeze" in more)
@@ -417,14 +416,14 @@ def test_steps_are_clipped_sgd_with_momentum_and_nothing_else_moves(tmp_path, mo
 
 
 @pytest.mark.parametrize("more", ["", "--optimizer adamw --projection-steps 2"])
-def test_a_run_stops_and_goes_on_in_the_same_bits(tmp_path, monkeypatch, more):
-    """Stopped in the fourth step, which is taken; with two stages also in the second, the last of its stage."""
+def test_a_stopped_run_resumes_bit_for_bit(tmp_path, monkeypatch, more):
+    """Stopped during the fourth step, which is finished; with two stages also during the last step of the first."""
     flags = f"--steps 5 --save-every 2 --micro-batch 2 {more}"
     whole, begun = run(tmp_path / "whole", flags), 0
     for end in (2, 4) if more else (4,):
         with monkeypatch.context() as patch:
             losses = at_loss(patch, 2 * (end - begun) - 1, lambda: signal.raise_signal(signal.SIGTERM))
-            with pytest.raises(Stopped, match=f"SIGTERM: stopped after {end} steps, .* the same command goes on"):
+            with pytest.raises(Stopped, match=f"SIGTERM: stopped after {end} steps, .* the same command again"):
                 run(tmp_path / "run", flags)
         assert len(losses) == 2 * (end - begun) and steps_saved(tmp_path / "run") == end
         begun = end
@@ -437,18 +436,18 @@ def test_a_run_stops_and_goes_on_in_the_same_bits(tmp_path, monkeypatch, more):
 @pytest.mark.parametrize(
     "micro_batch, more", [(1, ""), *(pytest.param(2, m, marks=pytest.mark.slow) for m in ("", "--projection-steps 1"))]
 )
-def test_processes_and_accumulation_change_nothing(tmp_path, micro_batch, more):
-    """2 processes × 1 image × 2 accumulated (slow: 2 × 2), beside 1 × 4 and 1 × 2 × 2: the same after three steps."""
+def test_processes_and_accumulation_give_the_same_weights(tmp_path, micro_batch, more):
+    """2 processes × 1 image × 2 accumulated (slow: 2 × 2), against 1 × 4 and 1 × 2 × 2, after three steps."""
     command = f"{TORCHRUN} train.py {SMALL} {tmp_path}/two --micro-batch {micro_batch} {more}".split()
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
     one, start = weights(run(tmp_path / "one", more)), model.load_clip("miniature").model.visual.state_dict()
-    assert max((one[f"visual.{k}"] - v).norm() / v.norm() for k, v in start.items()) > 1e-4  # it has moved
+    assert max((one[f"visual.{k}"] - v).norm() / v.norm() for k, v in start.items()) > 1e-4  # it was trained
     assert_near(one, weights(tmp_path / "two"), 1e-5)
     assert_near(one, weights(run(tmp_path / "accumulated", f"--micro-batch 2 {more}")), 1e-5)
 
 
 @pytest.mark.parametrize("name", ["miniature", "siglip", "ViT-B-32:openai"])
-def test_the_saved_clip_is_open_clips(clips, tmp_path, name):
+def test_open_clip_loads_the_saved_clip(clips, tmp_path, name):
     clip = model.load_clip(clips.get(name, name), random_weights=":" in name)
     clip.save(tmp_path)
     reloaded, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}")
@@ -459,7 +458,7 @@ def test_the_saved_clip_is_open_clips(clips, tmp_path, name):
     with torch.no_grad():
         assert torch.equal(reloaded.encode_image(pixels[None]), clip.model.encode_image(pixels[None]))
         assert torch.equal(reloaded.encode_text(tokens), clip.model.encode_text(tokens))
-    if ":" in name:  # OpenAI's weights need their own activation, which this architecture's name does not say
+    if ":" in name:  # OpenAI's weights need QuickGELU, which the name of this architecture does not imply
         assert json.loads((tmp_path / "open_clip_config.json").read_text())["model_cfg"]["quick_gelu"]
 
 
@@ -467,8 +466,8 @@ def test_the_saved_clip_is_open_clips(clips, tmp_path, name):
 # beyond.py
 
 
-def test_a_fitted_projection_carries_class_tokens_to_the_states_of_texts():
-    """Beside NumPy's least squares; class tokens come to the texts' mean and to their mean square distance from it."""
+def test_a_fitted_projection_maps_class_tokens_to_text_embeddings():
+    """Against NumPy's least squares; class tokens get the mean and the variance of the texts."""
     rng = np.random.default_rng(0)
     phrases = rng.standard_normal((500, 6)) @ rng.standard_normal((6, 6)) + rng.standard_normal(6)
     states = phrases @ rng.standard_normal((6, 5)) + rng.standard_normal((500, 5))
@@ -476,7 +475,7 @@ def test_a_fitted_projection_carries_class_tokens_to_the_states_of_texts():
     projection = torch.nn.Linear(6, 5).double()
     beyond.fit_linear(projection, *map(torch.from_numpy, (phrases, states, tokens)))
     centred, image = phrases - phrases.mean(0), tokens - tokens.mean(0)
-    ridge = np.sqrt(0.01 * centred.var() * 500) * np.eye(6)  # as further rows that should give zero
+    ridge = np.sqrt(0.01 * centred.var() * 500) * np.eye(6)  # as further rows whose target is zero
     rows = np.concatenate([centred, ridge])
     fitted = np.linalg.lstsq(rows, np.concatenate([states - states.mean(0), np.zeros((6, 5))]), rcond=None)[0]
     expected = image * np.linalg.norm(centred) / np.linalg.norm(image) * np.sqrt(400 / 500) @ fitted + states.mean(0)
@@ -508,8 +507,8 @@ def test_ldifs_is_the_distance_to_the_original_clips_class_token(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["miniature", "siglip"])
-def test_scores_are_the_benchmarks(clips, name):
-    """Beside the benchmark's rule written out pair by pair, with open_clip's own calls."""
+def test_scores_follow_the_benchmarks_rule(clips, name):
+    """Against the benchmark's rule written out pair by pair, with open_clip's own calls."""
     pairs = evaluate_mmvp.read_mmvp(f"{MINIATURE}/mmvp")[::5]  # three of each type
     cosines = evaluate_mmvp.similarities(model.load_clip(clips[name]), pairs, CPU, batch_size=10)
     clip, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{clips[name]}")
@@ -542,8 +541,8 @@ def test_a_tie_goes_to_the_second_image():
 
 
 @pytest.mark.parametrize("reading", ["cls", "cls+local", "sum", "random:5"])
-def test_the_released_reading_is_the_released_rule(reading):
-    """Written out for one pair and given patches; of a random reading the draws are NumPy's."""
+def test_the_released_embedding_follows_the_released_rule(reading):
+    """Against the rule written out for one pair, with the same draws of patches."""
     torch.manual_seed(0)
     cls, local, texts = torch.randn(2, 8), torch.randn(2, 7, 8), torch.nn.functional.normalize(torch.randn(2, 8))
     embeddings = evaluate_mmvp.embed_released(reading, cls, local, np.random.default_rng(3), draws=4)
@@ -571,16 +570,7 @@ def test_the_released_score_does_not_depend_on_the_batch():
     assert RECIPES["two-stage-openai-vit-l-14-224"].released == RECIPES["openai-vit-l-14-224"].released
 
 
-def test_the_best_of_several_draws():
-    """Beside ten thousand choices of five of the draws."""
-    averages = list(np.random.default_rng(0).normal(30, 2, 100))
-    best = np.random.default_rng(1).choice(averages, (10_000, 5)).max(1).mean()
-    words = scores.draws_in_words(averages)
-    assert float(re.search(r" 5: ([\d.]+)", words)[1]) == pytest.approx(best, abs=0.1)
-    assert f"mean of 100 draws {np.mean(averages):.1f} (standard deviation {np.std(averages, ddof=1):.1f}" in words
-
-
-def test_what_is_not_finite_is_not_scored():
+def test_embeddings_that_are_not_finite_are_refused():
     pairs = evaluate_mmvp.read_mmvp(f"{MINIATURE}/mmvp")[:1]
     for weight in ("visual.proj", "text_projection"):
         clip = model.load_clip("miniature")
@@ -590,7 +580,7 @@ def test_what_is_not_finite_is_not_scored():
 
 
 def test_intervals_and_p_values():
-    """Beside the binomial distribution in closed form: the bootstrap of nine types of 15 pairs, and McNemar's test."""
+    """The bootstrap of nine types of 15 pairs, and McNemar's test, against the binomial distribution in closed form."""
     types = [name for name in TYPES for _ in range(15)]
     right = np.random.default_rng(1).random(135) < 0.3
     shares = [right[np.array(types) == name].mean() for name in TYPES]
@@ -604,7 +594,7 @@ def test_intervals_and_p_values():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Small models and small runs, which the other tests use too
+# Small models and small runs, shared with the other tests
 
 ROOT = Path(__file__).parent
 SMALL = "--recap random:30% --join mean --timesteps 0:1000 --projection random --projection-steps 0 --optimizer sgd "
@@ -614,7 +604,7 @@ TORCHRUN = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_
 
 
 def write_clip(folder: Path, embed_dim: int, vision: dict, **more) -> Path:
-    """A CLIP as an open_clip folder, with random weights and what the miniature's has: tokenizer, preprocessing."""
+    """An open_clip folder of a CLIP with random weights and the miniature's tokenizer and preprocessing."""
     folder = Path(shutil.copytree(MINIATURE / "clip", folder))
     config = json.loads((folder / "open_clip_config.json").read_text())
     text = config["model_cfg"]["text_cfg"] | more.pop("text_cfg", {})
@@ -628,7 +618,7 @@ def write_clip(folder: Path, embed_dim: int, vision: dict, **more) -> Path:
 
 
 def write_siglip(folder: Path) -> Path:
-    """A SigLIP whose vision tower is timm's `test_vit`, of 100 patches."""
+    """A SigLIP whose vision tower is timm's `test_vit`, with 100 patches."""
     vision = dict(timm_model_name="test_vit", timm_model_pretrained=False, timm_pool="map", timm_proj="none")
     return write_clip(folder, 64, vision | dict(image_size=160), custom_text=True, init_logit_bias=-10)
 
@@ -648,14 +638,14 @@ def settings(out: str | Path, flags: str = "") -> argparse.Namespace:
 
 
 def run(out: Path, flags: str = "") -> Path:
-    """A small run of the miniature in this process, into `out`."""
+    """A small run of the miniature in this process; returns its folder `out`."""
     with process_group() as device:
         train.train(settings(out, flags), device)
     return out
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
-    return load_file(out / "checkpoint" / "weights.safetensors")
+    return read_checkpoint(out / "checkpoint.pt")["weights"]
 
 
 def metrics(out: Path) -> list[dict]:
@@ -663,14 +653,15 @@ def metrics(out: Path) -> list[dict]:
 
 
 def steps_saved(out: Path) -> int:
-    return json.loads((out / "checkpoint" / "state.json").read_text())["step"]
+    return read_state(out / "checkpoint.pt")["step"]
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    """The same weights and optimizer to the last bit, and the same lines in metrics.jsonl."""
-    for name in ("weights", "optimizer"):
-        a, b = (load_file(out / "checkpoint" / f"{name}.safetensors") for out in (one, other))
-        assert a.keys() == b.keys() and len(a) > 1 and all(torch.equal(a[k], b[k]) for k in a)
+    """The same weights and optimizer state bit for bit, and the same lines in metrics.jsonl."""
+    a, b = weights(one), weights(other)
+    assert a.keys() == b.keys() and len(a) > 1 and all(torch.equal(a[k], b[k]) for k in a)
+    a, b = (read_checkpoint(out / "checkpoint.pt")["optimizer"]["state"] for out in (one, other))
+    assert a.keys() == b.keys() and all(torch.equal(a[i][k], b[i][k]) for i in a for k in a[i])
     kept = ("step", "loss", "grad_norm", "lr", "unreadable")
     assert [[line[k] for k in kept] for line in metrics(one)] == [[line[k] for k in kept] for line in metrics(other)]
 
@@ -682,13 +673,13 @@ def assert_near(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], sh
 
 
 def assert_saved(out: Path) -> None:
-    """open_clip reads OUT/clip, with the weights of the last step."""
+    """open_clip loads OUT/clip with the weights of the last step."""
     clip, trained = open_clip.create_model(f"local-dir:{out}/clip"), weights(out)
     assert all(torch.equal(v, trained[f"visual.{k}"]) for k, v in clip.visual.state_dict().items())
 
 
 def at_loss(monkeypatch, number: int, act) -> list:
-    """Calls `act` in front of the loss `number` (from 1) of a run. Returns a list that grows with each loss."""
+    """Calls `act` before the loss `number` (from 1) of a run. Returns a list that grows with each loss."""
     loss, losses = train.denoising_loss, []
 
     def counted(*args) -> torch.Tensor:

@@ -27,7 +27,7 @@ from condition import Recap, VisualCondition, draw_patch_indices, parse_recap
 from data import TrainingImages, image_rngs, micro_batch_keys, open_images, read_batches
 from evaluate_mmvp import compare, similarities
 from harness.mmvp import read_mmvp
-from harness.processes import copy_to_device, process_group, rank_zero_first
+from harness.processes import copy_to_device, default_precision, process_group, rank_zero_first
 from harness.run import Run
 from model import Clip, Diffusion, load_clip, load_diffusion
 
@@ -178,7 +178,7 @@ def build_optimizer(args, conditioner: VisualCondition, parameters: list) -> tor
 
 def train(args, device: torch.device) -> None:
     """One run: loads the models and the images, trains, saves OUT/clip, and scores it if --mmvp is given."""
-    args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")  # the device is known only here
+    args.precision = args.precision or default_precision(device)  # the device is known only here
     with rank_zero_first() as is_rank_zero:  # it indexes the shards, the others read its index
         files = open_images(args.data, progress=is_rank_zero)
         pairs = read_mmvp(args.mmvp) if args.mmvp else []
@@ -194,7 +194,7 @@ def train(args, device: torch.device) -> None:
     rank, processes = dist.get_rank(), dist.get_world_size()
     accumulation = args.batch_size // (args.micro_batch * processes)
     keys = micro_batch_keys(run.first_step, args.steps, args.batch_size, args.micro_batch, rank, processes)
-    batches = read_batches(dataset, keys, args.workers, device)
+    batches = read_batches(dataset, keys, args.workers, device, run.waiting)
     stages = [(list(conditioner.parameters()), range(args.steps), args.lr)]  # the paper's one stage trains everything
     if args.projection_steps or args.freeze_projection:
         stages = beyond.stages(args, conditioner)

@@ -1,46 +1,76 @@
-"""Pictures of what CLIP tells the diffusion model: what φ draws from a run's conditions, before and after.
+"""Pictures of what CLIP tells the diffusion model: what φ draws from a run's conditions, before and after training.
 
-    python extras/reconstruct.py runs/miniature rows.png
+    python extras/reconstruct.py runs/miniature                         # writes runs/miniature/reconstruct.png
     python extras/reconstruct.py runs/l14 rows.png --images photos --count 6
 
-Under each image stands what φ draws from the condition of the untouched CLIP, and from that of the trained one. All
-else is the same: the first noise, the drawn patches, and the linear layer, which is the run's at its end. DDIM adds no
-noise of its own. With `--guidance G`, ε is moved from that of the text alone to that of the condition, G times the way;
-training has none of this, so G is 1.
+Below each image are the pictures that φ draws from the condition of the untouched CLIP and of the trained one. The rest
+is the same for both: the initial noise, the patches of the recap, and the linear layer, which is the one at the run's
+end. DDIM adds no noise, so the pictures differ only by what CLIP says.
+
+The images are not chosen by hand: by default they are the first images of every n-th pair of the run's benchmark, in
+its order, where n is the number of pairs divided by --count; so they are spread evenly over the types. A run without a
+benchmark shows the first images of its data.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import io
-import json
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from harness.errors import UserError, exit_on_user_error, one_line, usage_error
+
+
+def read_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.error = usage_error
+    add = parser.add_argument
+    add("run", metavar="RUN", help="the folder of a run")
+    add("file", nargs="?", metavar="FILE.png", help="where to write (default: RUN/reconstruct.png, read by report.py)")
+    add("--images", nargs="+", metavar="PATH", help="a folder, or files (default: from the benchmark, or the data)")
+    add("--count", type=int, default=10, metavar="N", help="maximum number of images (%(default)s)")
+    add("--steps", type=int, default=50, metavar="N", help="DDIM steps (%(default)s)")
+    add("--guidance", type=float, default=1, metavar="G", help="classifier-free guidance; 1 is none (%(default)s)")
+    add("--seed", type=int, default=0, metavar="N", help="seed of the noise and the patches (%(default)s)")
+    args = parser.parse_args(argv)
+    if args.count < 1 or not 1 <= args.steps <= 1000 or args.seed < 0 or not 1 <= args.guidance < float("inf"):
+        raise UserError("--count and --guidance must be at least 1, --steps from 1 to 1000, --seed at least 0")
+    if not Path(args.run, "args.json").is_file():
+        raise UserError(f"{args.run}: not the folder of a run (args.json is missing)")
+    args.file = args.file or f"{args.run}/reconstruct.png"
+    if Path(args.file).suffix.lower() != ".png" or not Path(args.file).absolute().parent.is_dir():
+        raise UserError(f"{args.file}: must be a FILE.png in an existing folder")
+    return args
+
+
+if __name__ == "__main__":  # before the imports that take seconds, so that --help and a typo are answered at once
+    with exit_on_user_error("reconstruct.py"):
+        args = read_args()
+
+import copy
+import json
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from condition import VisualCondition, draw_patch_indices
-from data import open_images, to_rgb
-from harness.checkpoint import load_checkpoint, whole_checkpoint
-from harness.errors import UserError, exit_on_user_error, one_line, usage_error
+from data import open_images
+from harness.checkpoint import load_checkpoint
 from harness.mmvp import read_mmvp
-from model import Clip, Diffusion
+from harness.pictures import open_image, to_rgb
+from model import Diffusion
 from train import build
 
 
 @dataclass
 class Reconstruction:
-    """A run's parts; `towers` are the vision tower's weights, untouched and trained."""
+    """The parts of a run; `towers` are the weights of the vision tower, before and after training."""
 
     args: argparse.Namespace
-    clip: Clip
     diffusion: Diffusion
     conditioner: VisualCondition
     towers: tuple[dict, dict]
@@ -51,67 +81,72 @@ class Reconstruction:
 
     @torch.no_grad()
     def conditions(self, images: torch.Tensor, seed: int) -> list[torch.Tensor]:
-        """c of images (B, 3, S, S) in [0, 1], from the untouched CLIP and from the trained one: two (B, 1 + K, W)."""
+        """The two conditions c of images (B, 3, S, S) in [0, 1], before and after training, each (B, 1 + K, W) fp32."""
         rngs, found = [np.random.default_rng((seed, i)) for i in range(len(images))], []
-        patches = draw_patch_indices(self.conditioner.recap, 1, rngs)
+        patch_indices = draw_patch_indices(self.conditioner.recap, 1, rngs, images.device)
         for tower in self.towers:
             self.conditioner.visual.load_state_dict(tower)
-            c, _ = self.conditioner(self.clip.preprocess_batch(images), self.diffusion.text_embedding, patches)  # (B, 1, 1 + K, W)
+            c, _ = self.conditioner(images, self.diffusion.text_embedding, patch_indices)  # (B, 1, 1 + K, W)
             found.append(c[:, 0].float())
         return found
 
     def noise(self, count: int, seed: int) -> torch.Tensor:
-        """Where the drawing starts, (count, 4, h, w); an image's own whatever their number."""
+        """The initial noise of each picture, (count, 4, h, w) fp32; independent of `count`."""
         unet = self.diffusion.unet.config
         side = self.image_size * unet.sample_size // self.diffusion.image_size
         shape = (unet.in_channels, side, side)
         drawn = [np.random.default_rng((seed, 1, i)).standard_normal(shape, dtype=np.float32) for i in range(count)]
         return torch.from_numpy(np.stack(drawn)).to(self.diffusion.text_embedding.device)
 
-    @torch.no_grad()
     def draw(
         self, condition: torch.Tensor, noise: torch.Tensor, steps: int, guidance: float, progress: bool = True
     ) -> torch.Tensor:
-        """What φ draws: DDIM from `noise` (B, 4, h, w) under c (B, L, W) → pixels in [0, 1], (B, 3, S, S)."""
-        unet, vae = self.diffusion.unet, self.diffusion.vae
-        scheduler = DDIMScheduler.from_pretrained(self.args.diffusion, subfolder="scheduler")
-        scheduler.set_timesteps(steps)
-        latents, condition = noise * scheduler.init_noise_sigma, condition.to(unet.dtype)
-        text = self.diffusion.text_embedding.expand(len(noise), -1, -1).to(unet.dtype)
-        for t in tqdm(scheduler.timesteps, desc="draw", unit="step", leave=False, disable=not progress):
-            predicted = unet(latents.to(unet.dtype), t, condition).sample.float()  # ε (or v) of c
-            if guidance != 1:
-                alone = unet(latents.to(unet.dtype), t, text).sample.float()
-                predicted = alone + guidance * (predicted - alone)
-            latents = scheduler.step(predicted, t, latents).prev_sample
-        pixels = [vae.decode(z[None].to(vae.dtype) / vae.config.scaling_factor).sample.float() for z in latents]
-        return (torch.cat(pixels) / 2 + 0.5).clamp(0, 1)
+        """What φ draws by DDIM from `noise` (B, 4, h, w) under c (B, L, W): pixels in [0, 1], (B, 3, S, S).
+
+        Guidance moves ε from the text's to the condition's, `guidance` times the way. The pipeline needs a text of L
+        tokens; for a recap of another length it is the mean of the text's tokens, repeated.
+        """
+        text, dtype = self.diffusion.text_embedding, self.diffusion.unet.dtype
+        if text.shape[1] != condition.shape[1]:
+            text = text.mean(1, keepdim=True)
+        pipeline = StableDiffusionPipeline(
+            vae=self.diffusion.vae, unet=self.diffusion.unet, text_encoder=None, tokenizer=None,
+            scheduler=DDIMScheduler.from_pretrained(self.args.diffusion, subfolder="scheduler"),
+            safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        )  # fmt: skip
+        pipeline.set_progress_bar_config(desc="draw", leave=False, disable=not progress)
+        self.diffusion.vae.enable_slicing()  # decodes one picture at a time
+        return pipeline(
+            prompt_embeds=condition.to(dtype), negative_prompt_embeds=text.expand_as(condition).to(dtype),
+            latents=noise.to(dtype), num_inference_steps=steps, guidance_scale=guidance, output_type="pt",
+        ).images.float()  # fmt: skip
 
 
 def load_run(run: str, device: torch.device) -> Reconstruction:
-    """The parts of the run in the folder `run`. UserError: it is none, or has no weights to show."""
+    """Loads the run in the folder `run`. UserError: it is not a run, or it has no weights to show."""
     try:
         args = argparse.Namespace(**json.loads(Path(run, "args.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{run}: is no run's folder, its args.json cannot be read ({one_line(error)})") from None
+        raise UserError(f"{run}: not the folder of a run: args.json cannot be read ({one_line(error)})") from None
     if args.random_weights:
-        raise UserError(f"{run}: its weights were random at the start, so there is nothing to see")
-    if whole_checkpoint(Path(run, "checkpoint")) is None:
-        raise UserError(f"{run}: has no checkpoint yet, and so no linear layer")
+        raise UserError(f"{run}: was started with --random-weights, so its φ cannot draw")
+    checkpoint = Path(run, "checkpoint.pt")
+    if not checkpoint.exists():
+        raise UserError(f"{run}: has no checkpoint.pt yet; the run writes it at its first save")
     args.precision = "bf16" if device.type == "cuda" else "fp32"
     args.compile = args.grad_checkpointing = False
-    clip, diffusion, conditioner = build(args, device)
-    untouched = copy.deepcopy(conditioner.visual.state_dict())
-    load_checkpoint(Path(run, "checkpoint"), conditioner)
-    trained = copy.deepcopy(conditioner.visual.state_dict())
-    return Reconstruction(args, clip, diffusion, conditioner, (untouched, trained))
+    _, diffusion, conditioner = build(args, device)
+    before = copy.deepcopy(conditioner.visual.state_dict())
+    load_checkpoint(checkpoint, conditioner)
+    after = copy.deepcopy(conditioner.visual.state_dict())
+    return Reconstruction(args, diffusion, conditioner, (before, after))
 
 
 def read_images(args: argparse.Namespace, chosen: list[str] | None, count: int, size: int) -> torch.Tensor:
     """Up to `count` images, (B, 3, size, size) in [0, 1].
 
-    `chosen` are files, or a folder; if not given, the run's benchmark, one image of a pair, spread over its types, or
-    the run's data. UserError: there are none, or one cannot be read.
+    `chosen` are files or one folder; the default is described at the top. UserError: there are no images, or one cannot
+    be read.
     """
     if args.mmvp and not chosen:
         paths = [pair.images[0] for pair in read_mmvp(args.mmvp)]
@@ -121,25 +156,25 @@ def read_images(args: argparse.Namespace, chosen: list[str] | None, count: int, 
     else:
         source = open_images(chosen or args.data)
         if source is None:
-            raise UserError("the run's data are synthetic; name --images")
+            raise UserError("the run's --data is synthetic; name images with --images")
         files = [(source.name(i), source.read(i)) for i in range(min(count, len(source)))]
     return torch.stack([read_square(name, content, size) for name, content in files])
 
 
 def read_square(name: str | Path, content: bytes, size: int) -> torch.Tensor:
-    """The middle square of an encoded image, (3, size, size) in [0, 1], bicubic. UserError: it cannot be read."""
+    """The central square of an encoded image, (3, size, size) in [0, 1], bicubic. UserError: it cannot be read."""
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with open_image(content) as image:
             square = ImageOps.fit(to_rgb(image), (size, size), Image.Resampling.BICUBIC)
-    except Exception:  # Pillow raises almost any exception on a broken file
-        raise UserError(f"{name}: not a readable image") from None
+    except Exception as error:  # Pillow raises almost any exception on a broken file
+        raise UserError(f"{name}: not a readable image ({one_line(error)})") from None
     return torch.from_numpy(np.array(square)).permute(2, 0, 1) / 255
 
 
 def sheet(rows: dict[str, torch.Tensor], note: str) -> Image.Image:
-    """Rows of pictures (B, 3, S, S), each with its name at the left, and a line below."""
+    """Rows of pictures (B, 3, S, S) in [0, 1], each with its name on the left, and a note at the bottom."""
     count, _, _, size = next(iter(rows.values())).shape
-    side = size * max(1, 128 // size) if size <= 256 else 256  # whole pixels, enlarged
+    side = size * max(1, 128 // size) if size <= 256 else 256  # small pictures are enlarged by whole numbers
     resample = Image.Resampling.NEAREST if size <= 128 else Image.Resampling.LANCZOS
     font, left, cell = ImageFont.load_default(15), 130, side + 2
     page = Image.new("RGB", (left + cell * count, cell * len(rows) + 24), "white")
@@ -153,36 +188,19 @@ def sheet(rows: dict[str, torch.Tensor], note: str) -> Image.Image:
     return page
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description="What the diffusion model draws from CLIP's condition, before and after."
-    )
-    parser.error = usage_error
-    parser.add_argument("run", metavar="RUN", help="a run's folder")
-    parser.add_argument("file", metavar="FILE.png", help="where the picture goes")
-    images = "a folder, or files (default: of the run's benchmark, or else of its data)"
-    parser.add_argument("--images", nargs="+", metavar="PATH", help=images)
-    parser.add_argument("--count", type=int, default=10, metavar="N", help="at most so many images (%(default)s)")
-    parser.add_argument("--steps", type=int, default=50, metavar="N", help="of DDIM (%(default)s)")
-    parser.add_argument("--guidance", type=float, default=1, metavar="G", help="classifier-free; 1: none (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise and the patches (%(default)s)")
-    own = parser.parse_args(argv)
-    if own.count < 1 or not 1 <= own.steps <= 1000 or own.seed < 0:
-        raise UserError("--count must be at least 1, --steps from 1 to 1000, --seed 0 or more")
-    if Path(own.file).suffix.lower() != ".png" or not Path(own.file).absolute().parent.is_dir():
-        raise UserError(f"{own.file}: must be a FILE.png in a folder that exists")
+def main(args: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    run = load_run(own.run, device)
-    images = read_images(run.args, own.images, own.count, run.image_size).to(device)
-    noise, conditions = run.noise(len(images), own.seed), run.conditions(images, own.seed)
-    before, after = [run.draw(c, noise, own.steps, own.guidance) for c in conditions]
-    learns = not run.args.freeze_projection or run.args.projection_steps
-    layer = f"the run's, {run.args.projection} at its start, {'then trained' if learns else 'and frozen'}"
-    note = f"same noise, patches and linear layer ({layer}); DDIM, {own.steps} steps, guidance {own.guidance:g}"
-    sheet({"image": images, "untouched CLIP": before, "after training": after}, note).save(own.file, optimize=True)
-    print(f"written: {own.file}; {note}")
+    run = load_run(args.run, device)
+    images = read_images(run.args, args.images, args.count, run.image_size).to(device)
+    noise, conditions = run.noise(len(images), args.seed), run.conditions(images, args.seed)
+    before, after = [run.draw(c, noise, args.steps, args.guidance) for c in conditions]
+    trained = not run.args.freeze_projection or run.args.projection_steps
+    layer = f"{run.args.projection} start, {'then trained' if trained else 'frozen'}"
+    note = f"same noise, patches and linear layer ({layer}); DDIM, {args.steps} steps, guidance {args.guidance:g}"
+    sheet({"image": images, "untouched CLIP": before, "after training": after}, note).save(args.file, optimize=True)
+    print(f"wrote {args.file}: {note}")
 
 
 if __name__ == "__main__":
     with exit_on_user_error("reconstruct.py"):
-        main()
+        main(args)

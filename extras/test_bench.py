@@ -1,4 +1,4 @@
-"""extras/bench.py: the step that is measured is train.py's, and its work is the least."""
+"""extras/bench.py: it measures train.py's own step, which computes nothing twice."""
 
 import copy
 import math
@@ -6,26 +6,22 @@ import re
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import train
+from condition import visual_tokens
 from extras import bench
-from extras.bench import ReleasedDiffusion, ReleasedStep, Step, executed_work, least_work, on_meta
+from extras.bench import ReleasedDiffusion, ReleasedStep, Step, executed_work, on_meta
 from harness.errors import UserError
-from harness.processes import process_group
 
 CPU = torch.device("cpu")
 SMALL = "--optimizer sgd --lr 0.01 --warmup 0 --ldifs 0 --no-freeze-projection --momentum 0 --micro-batch 4"
 
 
-@pytest.fixture
-def group():
-    """The process group of one that the loop asks for."""
-    with process_group():
-        yield
-
-
 def settings(options: str):
-    return bench.read_args(options.split(), CPU)
+    args = bench.read_args(options.split())
+    args.precision = args.precision or "fp32"
+    return args
 
 
 FULL_SIZE = [("openai-vit-l-14-224", 77, 0.486), ("siglip-so400m-14-224", 43, 0.661)]
@@ -37,43 +33,44 @@ FULL_SIZE += [pytest.param(*row, marks=pytest.mark.slow) for row in SLOW]
 
 
 @pytest.mark.parametrize("name, tokens, clip", FULL_SIZE)
-def test_nothing_is_computed_twice(group, name, tokens, clip):
-    """The work of a full-size step beside the least, and that beside TFLOP counted before this code was written."""
-    step = on_meta(settings(f"--recipe {name} --micro-batch 2 --precision bf16"))
-    work, least = executed_work(step), least_work(step)
-    assert 0.999 < work / sum(least.values()) < 1.02
-    unet = 1.671 + (1.714 - 1.671) * (tokens - 77) / (257 - 77)  # a state's, forward and backward: linear in the tokens
-    assert least == pytest.approx({"VAE": 1.117, "CLIP": clip, "U-Net": 2 * unet}, rel=2e-3)
-    if name == "openai-vit-l-14-224":
-        assert work == pytest.approx(4.95, rel=0.01)
+def test_nothing_is_computed_twice(name, tokens, clip):
+    """A full-size step executes the TFLOP that its models need, which were counted before this code was written."""
+    work = executed_work(on_meta(settings(f"--recipe {name} --micro-batch 2 --precision bf16")))
+    unet = 1.671 + (1.714 - 1.671) * (tokens - 77) / (257 - 77)  # a state, forward and backward: linear in the tokens
+    assert work == pytest.approx(1.117 + clip + 2 * unet, rel=3e-3)
 
 
-def test_work_that_is_not_needed_is_counted(group):
-    """More of it than the least: weight gradients of φ, and what the released step does again for each state."""
+def test_unnecessary_work_is_counted():
+    """φ's weight gradients, and what the released step repeats for each state: CLIP and the text encoder."""
     step = on_meta(settings(SMALL))
-    work, least = executed_work(step), least_work(step)
-    text = ReleasedStep(step).diffusion.text_encoder.config
+    work, released = executed_work(step), ReleasedStep(step)
+    visual, text = step.clip.model.visual, released.diffusion.text_encoder.config
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        visual_tokens(visual, torch.empty(1, 3, 64, 64, device="meta"))
+    to_pixels = 2 * 64 * visual.conv1.weight.numel()  # the pixels get no gradient
+    tower = (3 * counter.get_total_flops() - to_pixels) / 1e12
     width, positions = text.hidden_size, text.max_position_embeddings
     layer = positions * (4 * width**2 + 2 * width * text.intermediate_size + 2 * width * positions)
-    once_a_state = 2 * text.num_hidden_layers * layer / 1e12  # for all images of a micro-batch
-    tower = least["CLIP"] + 3 * 2 * 64 * 128 * 128 / 1e12  # and its 64 local tokens through the projection
-    released = executed_work(ReleasedStep(step))
-    assert released == pytest.approx(work + tower + step.args.states * once_a_state / 4, rel=1e-4)
+    once_per_state = 2 * text.num_hidden_layers * layer / 1e12  # for all images of a micro-batch
+    assert executed_work(released) == pytest.approx(work + tower + 2 * once_per_state / 4, rel=1e-4)
     step.diffusion.unet.requires_grad_(True)
-    assert executed_work(step) / sum(least.values()) > 1.2
+    assert executed_work(step) > 1.2 * work
 
 
-def test_the_step_is_a_runs_own(group):
-    """Its weights after a step that is taken apart, beside SGD written out; the parts are all of it."""
-    step = Step(settings(SMALL), CPU)
+@pytest.mark.parametrize("options", ["", "--channels-last --cudnn-benchmark"])
+def test_the_step_is_that_of_a_run(options):
+    """Its weights after a step that is timed by parts, against SGD written out; the parts add up to the step."""
+    step = Step(settings(f"{SMALL} {options}"), CPU)
+    layout = torch.channels_last if options else torch.contiguous_format
+    assert step.diffusion.unet.conv_in.weight.is_contiguous(memory_format=layout)
     names = dict(step.conditioner.named_parameters())
     before = {name: p.detach().clone() for name, p in names.items()}
-    batch = next(step.batches())
-    rngs, recap = train.image_rngs(step.args.seed, [(0, i) for i in range(4)]), step.conditioner.recap
-    timesteps, noise = train.draw_states((2, 4, 8, 8), 500, 1000, rngs)
-    patches = train.draw_patch_indices(recap, 2, rngs)
-    condition, _ = step.conditioner(step.clip.preprocess_batch(batch["images"]), step.diffusion.text_embedding, patches)
-    loss = train.denoising_loss(step.diffusion, step.diffusion.encode(batch["images"]), condition, timesteps, noise)
+    images = next(step.batches())["images"]
+    rngs = train.image_rngs(step.args.seed, [(0, i) for i in range(4)])
+    patch_indices = train.draw_patch_indices(step.conditioner.recap, 2, rngs, CPU)
+    timesteps, noise = train.draw_states(step.draws, (4, 8, 8), rngs, CPU)
+    condition, _ = step.conditioner(images, step.diffusion.text_embedding, patch_indices)
+    loss = train.denoising_loss(step.diffusion, step.diffusion.encode(images), condition, timesteps, noise)
     gradients = dict(zip(names, torch.autograd.grad(loss, list(names.values()))))
     norm = math.sqrt(sum(g.square().sum().item() for g in gradients.values()))
     start = bench.now(CPU)
@@ -82,15 +79,15 @@ def test_the_step_is_a_runs_own(group):
     for name, p in names.items():
         moved = 0.01 * min(1, step.args.max_grad_norm / norm) * gradients[name]
         torch.testing.assert_close(p.detach(), before[name] - moved, atol=1e-6, rtol=1e-5)
-    assert list(seconds) == ["copy", "draws", "VAE", "CLIP", "U-Net forward", "backward", "optimizer"]
+    assert list(seconds) == ["copy", "draws", "CLIP", "VAE", "U-Net forward", "backward", "optimizer"]
     assert 0.9 * whole < sum(seconds.values()) < whole
 
 
-def test_the_released_step_goes_state_by_state(group, monkeypatch):
-    """With our text and the VAE's own input, its gradient is the mean over the states: ours with each as an image."""
+def test_the_released_step_takes_one_state_at_a_time(monkeypatch):
+    """With our text and our VAE input, its gradient is the mean over the states: ours with each state as an image."""
     step = Step(settings(f"{SMALL} --states 3 --max-grad-norm 0"), CPU)
     released, calls, start = ReleasedStep(step), [], copy.deepcopy(step.conditioner.state_dict())
-    step.args.states, step.args.micro_batch, step.args.batch_size = 1, 12, 12
+    step.draws = released.draws  # one state of an image
     images = step.batch["images"].repeat(3, 1, 1, 1)
     step.batch = dict(step.batch, images=images, keys=[(state, i) for state in range(3) for i in range(4)])
     step()
@@ -101,29 +98,36 @@ def test_the_released_step_goes_state_by_state(group, monkeypatch):
     for name, module in parts.items():
         module.register_forward_hook(lambda *_, name=name: calls.append(name))
     with monkeypatch.context() as patch:
-        patch.setattr(ReleasedDiffusion, "text", step.diffusion.text_embedding)
-        patch.setattr(released.diffusion, "numbers", torch.stack([torch.zeros(3, 1, 1), torch.ones(3, 1, 1)] * 2))
+        patch.setattr(ReleasedDiffusion, "embed_text", lambda self: step.diffusion.text_embedding)
+        patch.setattr(released.diffusion, "mean_std", torch.stack([torch.zeros(3, 1, 1), torch.ones(3, 1, 1)] * 2))
         released()
     for name, value in step.conditioner.state_dict().items():
         torch.testing.assert_close(value - start[name], here[name] - start[name], atol=1e-7, rtol=1e-3)
     calls.clear()
     released()
-    assert calls == ["VAE", "text", "U-Net", "text", "U-Net", "text", "U-Net"]
+    assert calls == ["text", "VAE", "U-Net", "text", "U-Net", "text", "U-Net"]
 
 
 def test_the_table(capsys):
-    """The figures that follow from one another do so, and none is missing."""
-    bench.main(f"{SMALL} --times 1 --as-released".split())
+    """It holds all figures, and those that follow from one another agree."""
+    bench.main(settings(f"{SMALL} --times 1 --as-released"))
     rows = dict(re.findall(r"^\| (.+?) \| ([\d.,e+-]+) \|", capsys.readouterr().out, re.MULTILINE))
     figures = {name: float(value.replace(",", "")) for name, value in rows.items()}
-    assert len(figures) == 16 and all(0 < value < math.inf for value in figures.values())
-    assert figures["images a second"] == pytest.approx(1000 / figures["the step, ms an image"], rel=0.02)
-    work = figures["work, TFLOP an image"]
-    assert figures["… TFLOP/s"] == pytest.approx(work * figures["images a second"], rel=0.02)
-    assert figures["… TFLOP an image"] > work and 1 <= figures["… over the least that is needed"] < 1.1
+    assert len(figures) == 15 and all(0 < value < math.inf for value in figures.values())
+    assert figures["images per second"] == pytest.approx(1000 / figures["the step, ms per image"], rel=0.02)
+    work = figures["work, TFLOP per image"]
+    assert figures["… TFLOP/s"] == pytest.approx(work * figures["images per second"], rel=0.02)
+    assert figures["… TFLOP per image"] > work
 
 
 @pytest.mark.parametrize("options, message", [("--times 0", "--times: must be at least 1"), ("--recipe x", "no such")])
 def test_a_mistake_is_a_sentence(options, message):
     with pytest.raises(UserError, match=message):
-        bench.main(options.split())
+        bench.read_args(options.split())
+
+
+def test_several_processes_are_refused(monkeypatch):
+    for key, value in dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="1").items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(UserError, match="one process"):
+        bench.read_args([])

@@ -1,4 +1,4 @@
-"""extras/feedback.py: the gradient is the loss's own slope, the alignment is the slope of the margins along it."""
+"""extras/feedback.py: the gradient is the slope of the loss, the alignment is the slope of the margins along it."""
 
 import copy
 import re
@@ -14,7 +14,6 @@ from condition import draw_patch_indices
 from extras import feedback
 from harness.errors import UserError
 from harness.mmvp import read_mmvp
-from harness.options import parse_args
 from harness.recipes import MINIATURE, TYPES
 
 CPU = torch.device("cpu")
@@ -22,16 +21,16 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def seen() -> tuple:
-    """The miniature's settings, φ, what carries tokens to it, and five pairs of its benchmark."""
-    args = parse_args(["--data=synthetic", "--projection=random", "--states=2", "--micro-batch=4"])
-    args.precision, args.draws, args.moves = "fp32", 2, 8
+    """The miniature's settings, φ, the conditioner, and five pairs of its benchmark."""
+    args = feedback.read_args(["--data=synthetic", "--projection=random", "--states=2", "--micro-batch=4", "--draws=2"])
+    args.precision = "fp32"
     clip, diffusion, conditioner = train.build(args, CPU)
     pairs = feedback.Pairs(clip, diffusion, read_mmvp(f"{MINIATURE}/mmvp")[:450:90], 64, CPU)
     return args, diffusion, conditioner, pairs
 
 
 def margins(pairs: feedback.Pairs, cls: torch.Tensor) -> torch.Tensor:
-    """How much nearer each pair's statements are to their own image, by hand, (pairs,)."""
+    """How much closer each pair's statements are to their own image, written out: (pairs,)."""
     found = []
     for p, texts in enumerate(pairs.texts.double()):
         first, second = [v / v.norm() for v in cls[2 * p : 2 * p + 2].double()]
@@ -40,12 +39,12 @@ def margins(pairs: feedback.Pairs, cls: torch.Tensor) -> torch.Tensor:
 
 
 def words(pairs: feedback.Pairs, cls: torch.Tensor) -> torch.Tensor:
-    """Where the margins rise fastest, (2 · pairs, D); an image is in one pair only."""
+    """The direction in which the margins grow fastest, (2 · pairs, D); an image is in one pair only."""
     return torch.autograd.functional.jacobian(lambda cls: margins(pairs, cls).sum(), cls)
 
 
-def test_the_needle_is_the_slope_of_the_margins(seen):
-    """Against a difference quotient; 1 on the average where the gradient is the words' own, 0 where it is across."""
+def test_the_alignment_is_the_slope_of_the_margins(seen):
+    """Against a difference quotient; its mean is 1 along the words' direction, and it is 0 across it."""
     pairs = seen[-1]
     gradient = torch.from_numpy(np.random.default_rng(0).normal(size=pairs.cls.shape)).float()
     toward, h = words(pairs, pairs.cls), 1e-4
@@ -60,11 +59,12 @@ def test_the_needle_is_the_slope_of_the_margins(seen):
 
 
 def test_the_gradient_is_the_slope_of_each_images_loss(seen):
-    """Against a difference quotient of each image's own loss, the mean over two draws, written out in float64."""
+    """Against a difference quotient of each image's loss, averaged over two draws and written out in float64."""
     args, diffusion, conditioner, pairs = seen
     gradient = feedback.feedback(args, diffusion, conditioner, pairs, pairs.cls, seed=5).double()
     conditioner, unet = copy.deepcopy(conditioner).double(), copy.deepcopy(diffusion.unet).double()
     local, latents = pairs.local.double(), pairs.latents.double()
+    draws = train.Draws(5, conditioner.recap, 2, range(500, 1000))
     text, alphas = diffusion.text_embedding.double(), diffusion.alphas_cumprod.double()
 
     @torch.no_grad()
@@ -72,10 +72,11 @@ def test_the_gradient_is_the_slope_of_each_images_loss(seen):
         losses = []
         for draw in range(2):
             rngs = train.image_rngs(5, [(draw, i)])
-            timesteps, noise = train.draw_states((2, 4, 8, 8), 500, 1000, rngs)
+            patch_indices = draw_patch_indices(conditioner.recap, 2, rngs, CPU)
+            timesteps, noise = train.draw_states(draws, (4, 8, 8), rngs, CPU)
             alpha = alphas[timesteps[0]][:, None, None, None]
             noisy = alpha**0.5 * latents[i] + (1 - alpha) ** 0.5 * noise[0]
-            condition = conditioner.build_condition(token[None], local[[i]], text, draw_patch_indices(conditioner.recap, 2, rngs))
+            condition = conditioner.build_condition(token[None], local[[i]], text, patch_indices)
             losses.append(((unet(noisy, timesteps[0], condition[0]).sample - noise[0]) ** 2).mean().item())
         return sum(losses) / 2
 
@@ -87,23 +88,23 @@ def test_the_gradient_is_the_slope_of_each_images_loss(seen):
 
 
 def test_moves_along_the_words_win_every_pair(seen, monkeypatch):
-    def told(args, diffusion, conditioner, pairs, cls, seed):
+    def ideal(args, diffusion, conditioner, pairs, cls, seed):
         return -words(pairs, cls)
 
-    monkeypatch.setattr(feedback, "feedback", told)
+    monkeypatch.setattr(feedback, "feedback", ideal)
     row = feedback.measure(*seen)["rows"]["all"]
     assert row["scores"][0] < row["scores"][-1] == 100 and len(row["scores"]) == 9
     assert row["alignment"] == pytest.approx(1, abs=1e-4)
-    alignments = feedback.alignments(seen[-1], told(*seen, seen[-1].cls, 0)).tolist()
+    alignments = feedback.alignments(seen[-1], ideal(*seen, seen[-1].cls, 0)).tolist()
     assert row["z"] == pytest.approx(fmean(alignments) / stdev(alignments) * 5**0.5, rel=1e-3)
 
 
 def test_the_command_prints_its_figures(capsys):
-    """An alignment for each type and, of one pair each, their mean for all; the layer's steps change them."""
+    """One pair of each type gives an alignment; that of all is their mean; the layer's steps change them."""
     options = "--pairs 1 --draws 1 --moves 1 --states 1 --projection-steps 2 --projection random --batch-size 2"
-    feedback.main([*options.split(), "--workers", "0"])
-    cost, start, end = re.split("\nrandom start |\nlinear layer after step 2 ", capsys.readouterr().out)
-    assert cost.startswith(f"{2 * 2 * 9 + 2 * 2} passes of the U-Net")  # twice both images of nine pairs; the layer's
+    feedback.main(feedback.read_args([*options.split(), "--workers", "0"]))
+    cost, start, end = re.split("\nrandom start |\nafter 2 steps of the layer ", capsys.readouterr().out)
+    assert cost.startswith(f"{2 * 2 * 9 + 2 * 2} forward and backward")  # both images of nine pairs, twice; the layer
     row = r"^  (\S.*?) +([+-][\d.]{5})  +(?:-?[\d.]+  )?([\d.]+) → ([\d.]+)"  # name, alignment, z of all, two scores
     before, after = re.findall(row, start, re.MULTILINE), re.findall(row, end, re.MULTILINE)
     assert [name for name, *_ in before] == [name for name, *_ in after] == [*TYPES, "all"] and before != after
@@ -131,7 +132,7 @@ def test_figures_that_are_not_finite_are_refused(part, path, what, monkeypatch):
     monkeypatch.setattr(feedback, "build", build)
     options = "--pairs 1 --draws 1 --moves 0 --states 1 --projection random --data synthetic"
     with pytest.raises(UserError, match=f"{what}: not finite"):
-        feedback.main(options.split())
+        feedback.main(feedback.read_args(options.split()))
 
 
 @pytest.mark.parametrize(
@@ -141,9 +142,9 @@ def test_figures_that_are_not_finite_are_refused(part, path, what, monkeypatch):
         ("--pairs 0", "--draws and --pairs must be at least 1"),
         ("--moves -1", "--moves at least 0"),
         ("--mmvp none", "--mmvp is needed"),
-        ("--data synthetic --projection random --projection-steps 1", "the linear layer is trained on images"),
+        ("--data synthetic --projection random --projection-steps 1", "trains the linear layer on images"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(options, sentence):
     with pytest.raises(UserError, match=sentence):
-        feedback.main(options.split())
+        feedback.read_args(options.split())

@@ -1,4 +1,4 @@
-"""extras/reconstruct.py: the pictures are diffusers' own, and differ by what CLIP says alone."""
+"""extras/reconstruct.py: φ draws by DDIM, and the pictures differ only by what CLIP says."""
 
 import json
 import shutil
@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
-from safetensors.torch import save_file
+from torch import nn
 
 from condition import visual_tokens
 from extras import reconstruct
+from harness.checkpoint import save_checkpoint
 from harness.errors import UserError
 from harness.options import parse_args
 from harness.recipes import MINIATURE
@@ -21,82 +21,84 @@ from model import load_clip
 CPU = torch.device("cpu")
 
 
-def write_run(out: Path, *options: str, tower: float = 1) -> tuple[dict, dict]:
-    """A run's folder, its vision tower `tower` times the miniature's; returns the tower and the linear layer."""
+@torch.no_grad()
+def write_run(out: Path, *options: str, tower: float = 1) -> nn.ModuleDict:
+    """Writes the folder of a run, with the miniature's vision tower times `tower`; returns the trained modules."""
     args = vars(parse_args([*options, "--out", str(out)])) | dict(versions={}, code=[])
-    (out / "checkpoint").mkdir(parents=True)
+    out.mkdir(exist_ok=True)
     (out / "args.json").write_text(json.dumps(args))
-    weights = {key: tower * value for key, value in load_clip("miniature").model.visual.state_dict().items()}
     torch.manual_seed(3)
-    layer = dict(weight=0.1 * torch.randn(128, 128), bias=torch.randn(128))
-    named = {f"visual.{k}": v for k, v in weights.items()} | {f"projection.{k}": v for k, v in layer.items()}
-    save_file(named, out / "checkpoint" / "weights.safetensors")
-    return weights, layer
+    trained = nn.ModuleDict(dict(visual=load_clip("miniature").model.visual, projection=nn.Linear(128, 128)))
+    for parameter in trained.visual.parameters():
+        parameter.mul_(tower)
+    save_checkpoint(out / "checkpoint.pt", trained, torch.optim.SGD(trained.parameters()), {})
+    return trained
 
 
-@pytest.mark.parametrize("guidance", [1, 3])
-def test_the_pictures_are_diffusers_own(tmp_path, guidance):
-    """Its pipeline, with the same latents, the condition as prompt and the empty text as the negative one."""
+@pytest.mark.parametrize("guidance, tokens", [(1, 20), (3, 24), (3, 20)])
+def test_the_pictures_are_those_of_ddim(tmp_path, guidance, tokens):
+    """Against DDIM written out (arXiv 2010.02502, Eq. 12 with σ = 0); a text of another length joins as its mean."""
     write_run(tmp_path)
     run = reconstruct.load_run(str(tmp_path), CPU)
-    run.diffusion.text_embedding = torch.randn(run.diffusion.text_embedding.shape, generator=torch.manual_seed(0))
-    condition, noise = torch.randn(2, *run.diffusion.text_embedding.shape[1:]), run.noise(2, seed=4)
-    pipe = StableDiffusionPipeline.from_pretrained(f"{MINIATURE}/diffusion", torch_dtype=torch.float32)
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-    pipe.set_progress_bar_config(disable=True)
-    with torch.no_grad():
-        expected = pipe(
-            prompt_embeds=condition, negative_prompt_embeds=run.diffusion.text_embedding.expand(2, -1, -1), latents=noise,
-            num_inference_steps=6, guidance_scale=guidance, output_type="pt",
-        ).images  # fmt: skip
-    found = run.draw(condition, noise, steps=6, guidance=guidance)
-    assert torch.allclose(found, expected, atol=1e-4) and found.std() > 0.1
-    assert torch.equal(run.noise(3, seed=4)[:2], noise)  # an image's own
+    diffusion, text = run.diffusion, torch.randn(1, 24, 128, generator=torch.manual_seed(0))
+    diffusion.text_embedding, condition, noise = text, torch.randn(2, tokens, 128), run.noise(2, seed=4)
+    text = (text if tokens == 24 else text.mean(1, keepdim=True)).expand(2, tokens, -1)
+    found, z = run.draw(condition, noise, steps=5, guidance=guidance), noise
+    for t in (801, 601, 401, 201, 1):
+        alpha = diffusion.alphas_cumprod[t]
+        next_alpha = diffusion.alphas_cumprod[t - 200] if t > 1 else torch.tensor(1.0)
+        with torch.no_grad():
+            with_clip, alone = (diffusion.unet(z, t, c).sample for c in (condition, text))
+            eps = alone + guidance * (with_clip - alone)
+            z = next_alpha.sqrt() * (z - (1 - alpha).sqrt() * eps) / alpha.sqrt() + (1 - next_alpha).sqrt() * eps
+            expected = diffusion.vae.decode(z / diffusion.vae.config.scaling_factor).sample / 2 + 0.5
+    assert torch.allclose(found, expected.clamp(0, 1), atol=1e-3) and found.std() > 0.1
+    assert torch.equal(run.noise(3, seed=4)[:2], noise)
 
 
 def test_the_conditions_differ_by_the_tower_alone(tmp_path):
-    """Both are the run's linear layer over each CLIP's tokens, here the class token's and all patches', by hand."""
-    tower, layer = write_run(tmp_path, "--recap", "all", "--join", "mean", tower=1.1)
-    run, images = reconstruct.load_run(str(tmp_path), CPU), torch.rand(2, 3, 64, 64)
+    """Both are the run's linear layer on each CLIP's tokens: here the class token and all patches, written out."""
+    trained = write_run(tmp_path, "--recap", "all", "--join", "mean", tower=1.1)
+    run, images, clip = reconstruct.load_run(str(tmp_path), CPU), torch.rand(2, 3, 64, 64), load_clip("miniature")
     before, after = run.conditions(images, seed=0)
-    clip = load_clip("miniature")
-    for found, weights in ((before, clip.model.visual.state_dict()), (after, tower)):
-        clip.model.visual.load_state_dict(weights)
+    layer = trained.projection.double()
+    for found, visual in ((before, clip.model.visual), (after, trained.visual)):
         with torch.no_grad():
-            cls, local = visual_tokens(clip.model.visual, clip.preprocess_batch(images))
-        tokens = torch.cat([cls[:, None], local], 1).double()
-        expected = tokens @ layer["weight"].double().T + layer["bias"] + run.diffusion.text_embedding.double().mean(1)
+            cls, local = visual_tokens(visual, clip.preprocess_batch(images))
+            tokens = torch.cat([cls[:, None], local], 1).double()
+            expected = layer(tokens) + run.diffusion.text_embedding.double().mean(1)
         assert torch.allclose(found.double(), expected, atol=1e-4)
     assert (before - after).abs().max() > 0.1
 
 
-def test_a_tower_that_has_not_changed_draws_the_same_pictures(tmp_path, capsys):
-    """With random patches; and the page has the pixels, enlarged, under one another."""
+def test_an_unchanged_tower_draws_the_same_pictures(tmp_path, capsys):
+    """Even with random patches; the page shows the pixels enlarged, and is written where report.py looks for it."""
     write_run(tmp_path / "run")
     pixels = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
     for i in (0, 1):
         Image.fromarray(pixels[i]).save(tmp_path / f"{i}.png")
     images = [f"{tmp_path}/0.png", f"{tmp_path}/1.png"]
-    reconstruct.main([f"{tmp_path}/run", f"{tmp_path}/page.png", "--steps", "2", "--images", *images])
-    page = np.asarray(Image.open(tmp_path / "page.png"))
+    reconstruct.main(reconstruct.read_args([f"{tmp_path}/run", "--steps", "2", "--images", *images]))
+    page = np.asarray(Image.open(tmp_path / "run" / "reconstruct.png"))
     rows = [[page[y : y + 128, x : x + 128] for x in (130, 260)] for y in (0, 130, 260)]
     for i in (0, 1):
         assert (rows[0][i] == pixels[i].repeat(2, 0).repeat(2, 1)).all()
         assert (rows[1][i] == rows[2][i]).all() and rows[1][i].std() > 10
     assert (rows[1][0] != rows[1][1]).any()
-    said = capsys.readouterr().out
-    assert "fitted at its start, and frozen" in said and "2 steps, guidance 1" in said
+    printed = capsys.readouterr().out
+    assert "fitted start, frozen" in printed and "2 steps, guidance 1" in printed
 
 
-def test_the_images_are_the_benchmarks_then_the_datas(tmp_path):
-    """One of a pair, spread over the types; a folder that is named comes first; a middle square is cropped."""
+def test_the_images_come_from_the_benchmark_then_from_the_data(tmp_path):
+    """Every n-th pair's first image; --images overrides both; the central square is cropped."""
     args = parse_args(["--out", str(tmp_path)])
-    found = reconstruct.read_images(args, None, 9, 64)
-    for k, folder in enumerate(Path(path) for path in ["Orientation", "Presence", "State"]):
-        path = Path(MINIATURE, "mmvp", "MLLM_VLM Images", folder, f"{200 * k + 1}.jpg")
+    found = reconstruct.read_images(args, None, 10, 64)
+    assert len(found) == 10
+    paths = sorted(Path(MINIATURE, "mmvp", "MLLM_VLM Images").glob("*/*.jpg"), key=lambda path: int(path.stem))
+    for k, path in enumerate(paths[::180]):  # of 900 pairs, every 90th
         assert (found[k].permute(1, 2, 0).numpy() * 255 == np.asarray(Image.open(path))).all()
     args.mmvp = None
-    assert not torch.equal(reconstruct.read_images(args, None, 9, 64), found)
+    assert not torch.equal(reconstruct.read_images(args, None, 10, 64), found)
     wide = np.zeros((32, 96, 3), np.uint8)
     wide[:, 32:64] = 255
     Image.fromarray(wide).save(tmp_path / "wide.png")
@@ -106,19 +108,23 @@ def test_the_images_are_the_benchmarks_then_the_datas(tmp_path):
 @pytest.mark.parametrize(
     "options, sentence",
     [
-        ("TMP TMP/page.png", "is no run's folder"),
-        ("TMP/run TMP/page.jpg", "must be a FILE.png in a folder that exists"),
-        ("TMP/run TMP/no/page.png", "must be a FILE.png in a folder that exists"),
-        ("TMP/run TMP/page.png --steps 0", "--steps from 1 to 1000"),
-        ("TMP/run TMP/page.png --images TMP/run/args.json", "args.json: not a readable image"),
-        ("TMP/begun TMP/page.png", "has no checkpoint yet"),
-        ("TMP/random TMP/page.png", "its weights were random"),
+        ("TMP", "not the folder of a run"),
+        ("TMP/broken", "args.json cannot be read"),
+        ("TMP/run TMP/page.jpg", "must be a FILE.png in an existing folder"),
+        ("TMP/run TMP/no/page.png", "must be a FILE.png in an existing folder"),
+        ("TMP/run --steps 0", "--steps from 1 to 1000"),
+        ("TMP/run --guidance 0.5", "--guidance must be at least 1"),
+        ("TMP/run --images TMP/run/args.json", "args.json: not a readable image"),
+        ("TMP/begun", "has no checkpoint.pt yet"),
+        ("TMP/random", "started with --random-weights"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(tmp_path, options, sentence):
     write_run(tmp_path / "run")
     write_run(tmp_path / "random", "--random-weights", "--projection", "random")
-    (tmp_path / "begun").mkdir()
+    for name in ("begun", "broken"):
+        (tmp_path / name).mkdir()
     shutil.copy(tmp_path / "run" / "args.json", tmp_path / "begun")
+    (tmp_path / "broken" / "args.json").write_text("[1]")
     with pytest.raises(UserError, match=sentence):
-        reconstruct.main(options.replace("TMP", str(tmp_path)).split())
+        reconstruct.main(reconstruct.read_args(options.replace("TMP", str(tmp_path)).split()))

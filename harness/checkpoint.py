@@ -1,71 +1,58 @@
-"""What a run needs to go on: the trained weights, the optimizer's state, and where it was. No pickle."""
+"""The checkpoint of a run, one file: the trained weights, the optimizer's state, and how far the run is."""
 
-import json
-import os
+import copy
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from harness.errors import UserError, one_line
-from harness.files import replaced_folder
+from harness.files import atomic_path
+
+STATE = dict(step=int, unreadable=int, images=str, settings=dict, code=list)  # its entries and their types
 
 
-def save_checkpoint(folder: str | os.PathLike, module: torch.nn.Module, optimizer, state: dict) -> None:
-    """Writes the weights of `module`, the optimizer's tensors and `state` (JSON); replaces the folder whole."""
-    buffers = {
-        f"{key}.{i}": value.contiguous()
-        for i, entry in optimizer.state_dict()["state"].items()
-        for key, value in entry.items()
-        if torch.is_tensor(value)
-    }
-    with replaced_folder(folder) as new:
-        save_file({k: v.contiguous() for k, v in module.state_dict().items()}, new / "weights.safetensors")
-        save_file(buffers, new / "optimizer.safetensors")
-        (new / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+def save_checkpoint(path: Path, module: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Replaces `path` atomically; `state` has the entries of STATE. UserError: it cannot be written."""
+    with atomic_path(path) as temporary:
+        torch.save(dict(state, weights=module.state_dict(), optimizer=optimizer.state_dict()), temporary)
 
 
-def whole_checkpoint(folder: str | os.PathLike) -> Path | None:
-    """The checkpoint to go on from: `folder`, or FOLDER.old where a save was cut off between its two renames."""
-    return next((f for f in (Path(folder), Path(f"{folder}.old")) if f.exists()), None)
-
-
-def read_state(folder: str | os.PathLike) -> dict | None:
-    """The `state` of the checkpoint there; None if there is none.
+def read_state(path: Path) -> dict | None:
+    """The `state` of a checkpoint, or None if there is no checkpoint.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: it cannot be read, or an earlier version of this code saved it.
     """
-    if (folder := whole_checkpoint(folder)) is None:
+    if not path.exists():
+        if path.with_suffix("").is_dir():
+            raise UserError(f"{path.parent}: its checkpoint is a folder, of an earlier version; remove the run")
         return None
-    try:
-        state = json.loads((folder / "state.json").read_text())
-        kinds = dict(step=int, unreadable=int, images=str, settings=dict, code=list)
-        whole = all(type(state[key]) is kind for key, kind in kinds.items())
-        if not whole or min(state["step"], state["unreadable"]) < 0 or type(state["code"][-1]) is not dict:
-            raise ValueError("not what a run writes")
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise UserError(f"{folder}/state.json: cannot be read ({one_line(error)}); remove the run to start anew") from None
-    return state
+    saved = read_checkpoint(path)
+    return {key: saved[key] for key in STATE}
 
 
-def load_checkpoint(folder: str | os.PathLike, module: torch.nn.Module, optimizer=None) -> None:
-    """Reads the tensors that `save_checkpoint` wrote into `module` and, if it is given, `optimizer`.
+def load_checkpoint(path: Path, module: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:
+    """Loads a checkpoint into `module` and, if it is given, `optimizer`. Returns the steps that the run has taken.
 
     Raises:
-        UserError: they cannot be read, or are another model's.
+        UserError: it cannot be read, or belongs to another model.
     """
-    folder = whole_checkpoint(folder)
+    saved = read_checkpoint(path)
     try:
-        module.load_state_dict(load_file(folder / "weights.safetensors"))
+        module.load_state_dict(saved["weights"])
         if optimizer:
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            saved = optimizer.state_dict()
-            for name, value in load_file(folder / "optimizer.safetensors").items():
-                key, i = name.rsplit(".", 1)
-                if value.ndim and value.shape != parameters[int(i)].shape:
-                    raise ValueError("the optimizer's state is another model's")
-                saved["state"].setdefault(int(i), {})[key] = value
-            optimizer.load_state_dict(saved)
-    except Exception as error:  # safetensors and torch raise their own
-        raise UserError(f"{folder}: cannot be read ({one_line(error)}); remove the run to start anew") from None
+            optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))  # into memory: it would keep the mapped file
+    except Exception as error:  # torch raises many kinds
+        raise UserError(f"{path}: does not fit this model ({one_line(error)})") from None
+    return saved["step"]
+
+
+def read_checkpoint(path: Path) -> dict:
+    """The whole content of a checkpoint, on the CPU, mapped from the file. UserError: it cannot be read."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if not all(type(saved[key]) is kind for key, kind in STATE.items()) or type(saved["code"][-1]) is not dict:
+            raise ValueError("it is not what a run writes")
+        return saved
+    except Exception as error:  # torch and pickle raise many kinds
+        raise UserError(f"{path}: cannot be read ({one_line(error)}); remove the run to start over") from None

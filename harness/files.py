@@ -1,92 +1,65 @@
-"""Files and folders that have their name only once they are whole."""
+"""Atomic writes, and the check of an output folder."""
 
 import contextlib
 import errno
 import os
-import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from harness.errors import UserError, one_line
 
 
 @contextlib.contextmanager
-def replaced_folder(folder: str | os.PathLike):
-    """Yields an empty folder that takes the place of `folder` once the block has filled it.
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yields a temporary path; the file that the block writes there replaces `path` once it is whole and on the disk.
 
-    At every instant there is a whole one, on the disk and not only on its way there: `folder` or FOLDER.old.
+    Missing permissions or fsync are tolerated.
 
     Raises:
-        UserError: it cannot be written, as on a full disk; what was there before is whole.
+        UserError: it cannot be written, as on a full disk; `path` is unchanged.
     """
-    folder = Path(folder)
-    new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    temporary = path.with_name(path.name + ".part")
     try:
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(parents=True)
-        yield new
-        for path in new.iterdir():
-            with contextlib.suppress(OSError):  # not every disk knows rights
-                path.chmod(new.stat().st_mode & 0o666)  # safetensors' files are for their owner alone
-        for path in (*new.iterdir(), new):
-            synchronise(path)
-        if replaced := folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
-        new.rename(folder)
-        synchronise(folder.parent)
-    except BaseException as error:  # an OSError, or whatever safetensors and transformers make of it
-        shutil.rmtree(new, ignore_errors=True)
-        if isinstance(error, UserError) or not isinstance(error, Exception):  # the block's own sentence, or Ctrl-C
-            raise
-        raise UserError(f"{folder} could not be written: {one_line(error)}; what it held before is whole") from error
-    if replaced:  # else the old one is not ours
-        shutil.rmtree(old, ignore_errors=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with contextlib.suppress(OSError):
+            temporary.chmod(path.parent.stat().st_mode & 0o666)  # safetensors writes files that only their owner reads
+        fsync(temporary)
+        os.replace(temporary, path)
+        fsync(path.parent)
+    except UserError:
+        raise
+    except Exception as error:  # an OSError, or what safetensors, torch and transformers make of it
+        raise UserError(f"{path}: could not be written ({one_line(error)})") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, content: str) -> None:
-    """Writes a text file by way of PATH.part."""
-    part = path.with_suffix(".part")
-    try:
-        part.write_text(content, encoding="utf-8", errors="replace")  # names of files may be no text
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    """Replaces a text file atomically. UserError: it cannot be written."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(content, encoding="utf-8", errors="replace")  # a file's name may not be valid UTF-8
 
 
-def synchronise(path: Path) -> None:
-    """Waits until a file, or a folder's list of names, is on the disk, where the disk can tell."""
+def fsync(path: Path) -> None:
+    """Waits until a file, or a folder's list of names, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):  # as for folders on some network disks
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):  # some network disks have no fsync
             raise
     finally:
         os.close(handle)
 
 
-def check_renames(folder: Path) -> None:
-    """UserError unless folders in `folder` can be renamed: without that nothing could be saved."""
-    new, old = folder / "trial.new", folder / "trial"
-    try:
-        for path in (new, old):
-            shutil.rmtree(path, ignore_errors=True)
-        new.mkdir()
-        new.rename(old)
-        old.rmdir()
-    except OSError as error:
-        shutil.rmtree(new, ignore_errors=True)
-        raise UserError(
-            f"--out {folder}: its disk cannot rename folders ({one_line(error)}), so no run can be kept"
-        ) from None
-
-
 def check_writable(folder: str, option: str) -> None:
-    """UserError unless `folder`, given as `option`, is or can become a folder that may be written to."""
+    """UserError unless `folder`, the value of `option`, is a writable folder or can be created."""
     place = Path(folder).absolute()
     while not place.exists():
         place = place.parent
     if not place.is_dir():
         raise UserError(f"{option} {folder}: {place} is a file; a folder is needed")
     if not os.access(place, os.W_OK | os.X_OK):
-        raise UserError(f"{option} {folder}: {place} may not be written to")
+        raise UserError(f"{option} {folder}: no permission to write to {place}")

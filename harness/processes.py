@@ -1,4 +1,4 @@
-"""Joining the processes that torchrun starts, and their order."""
+"""The processes that torchrun starts: joining them, their order, their device and its precision."""
 
 import contextlib
 import datetime
@@ -10,15 +10,15 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from harness.errors import UserError
+from harness.errors import UserError, one_line
 
 
 @contextlib.contextmanager
 def process_group() -> Iterator[torch.device]:
-    """Joins torchrun's process group, or makes a group of one, for the block; yields this process's device.
+    """Joins torchrun's process group, or a group of one, for the block; yields this process's device.
 
     Raises:
-        UserError: there are more processes than GPUs on this node.
+        UserError: there are more processes than GPUs on this node, or the nodes cannot reach each other.
     """
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -28,21 +28,37 @@ def process_group() -> Iterator[torch.device]:
     else:
         device = torch.device("cpu")
     store, rank, processes = dist.HashStore(), 0, 1
+    one_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
     if "RANK" in os.environ:
         store, rank, processes = next(rendezvous("env://"))
-        if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:  # on one node a restart finds the old keys
+        if one_node:  # after a restart the store still holds the addresses of the processes that died
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # what is on the CPU waits for no GPU
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # gloo's collectives do not wait for the GPU
     hour = datetime.timedelta(hours=1)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=processes, timeout=hour)
+    try:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=processes, timeout=hour)
+    except RuntimeError as error:
+        if one_node:
+            raise
+        raise UserError(
+            f"the nodes cannot reach each other ({one_line(error)}); if the address is 127.0.x.x, set "
+            f"GLOO_SOCKET_IFNAME to the network interface on each node (`ip addr` lists them)"
+        ) from error
     failed = True
     try:
         yield device
         dist.barrier()
         failed = False
     finally:
-        if processes == 1 or not failed:  # a notebook can go on after a mistake; others might wait here for ever
+        if processes == 1 or not failed:  # after an error the other processes may never join in
             dist.destroy_process_group()
+
+
+def default_precision(device: torch.device) -> str:
+    """bf16 on a GPU that computes in it, else fp32. Before Ampere CUDA emulates bf16, which is slower than fp32."""
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bf16"
+    return "fp32"
 
 
 @contextlib.contextmanager
@@ -64,7 +80,7 @@ def all_gather_object(value) -> list:
 
 
 def copy_to_device(tensor: torch.Tensor | np.ndarray, device: torch.device) -> torch.Tensor:
-    """A copy on `device`, without waiting for what a GPU is computing."""
+    """A copy on `device`, made without waiting for the GPU's queue."""
     tensor = torch.as_tensor(tensor)
     if device.type == "cuda":
         tensor = tensor.pin_memory()

@@ -1,286 +1,264 @@
-"""A run in its folder OUT: where it goes on, what it tells, what it saves, and what stops it. Nothing of the method."""
+"""A run in its folder OUT: where it resumes, what it prints and saves, and what stops it. Nothing of the method."""
 
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import hashlib
 import importlib.metadata
 import json
-import math
 import os
-import resource
 import shlex
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from harness.checkpoint import load_checkpoint, read_state, save_checkpoint
 from harness.errors import Stopped, UserError
-from harness.files import check_renames, replaced_folder, synchronise, write_atomically
+from harness.files import fsync, write_atomically
+from harness.metrics import Metrics
 from harness.options import MAY_CHANGE_ON_RESUME
 from harness.processes import all_gather_object
 from harness.recipes import beyond_the_paper, recipe_of
+from harness.signals import StopSignals
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # what clusters and people send to end a run
-METHOD = ("train.py", "condition.py", "model.py", "data.py", "beyond.py")  # whose code decides what a run comes to
+ROOT = Path(__file__).resolve().parents[1]
+METHOD = ("train.py", "condition.py", "model.py", "data.py", "beyond.py")  # the code that decides a run's result
+PATIENCE = 10  # seconds for a late batch after a signal, if other processes need it to end their step
 
 
 class Run:
-    """`first_step` is where the run goes on, `finished` whether there is nothing left to do.
+    """One run. It resumes at `first_step`; if it is `finished`, there is nothing left to do.
 
-    Made once the images are found; then `started` around the training, `restore` for each optimizer, for each step
-    `record` (a micro-batch), `log` and `save`, and `end`.
+    train.py calls `started` around the training, `restore` for each stage, `record` for each micro-batch, `log` and
+    `save` for each step, and `end`.
     """
 
     def __init__(self, args: argparse.Namespace, images: str):
-        """Reads what OUT holds; `images` is a fingerprint of the images.
+        """Reads the state of OUT; `images` is the fingerprint of the images.
 
         Raises:
-            UserError: OUT holds another run than this one: other settings, other images, or other code; or not all
-                processes see the same run.
+            UserError: OUT holds a run with other settings, images or code, or the processes see different images.
         """
         self.args, self.images, self.out = args, images, Path(args.out)
-        self.main, self.processes = dist.get_rank() == 0, dist.get_world_size()
-        self.losses, self.passed_over, self.names, self.signal, self.began = [], [], [], 0, False
-        self.settings, self.code = settings_to_keep(args), code_hashes()
-        new = dict(step=0, unreadable=0, images=images, settings=self.settings, code=[dict(step=0) | self.code])
-        state = read_state(self.out / "checkpoint") or new
-        self.first_step, self.unreadable, self.codes = state["step"], state["unreadable"], state["code"]
-        scored = not args.mmvp or (self.out / "mmvp" / "scores.json").exists() and self.scored_on() == args.mmvp
-        self.finished = self.first_step == args.steps and scored
-        if self.first_step:
-            self.refuse_another_run(state)
-        if len(set(all_gather_object((self.first_step, self.images, self.finished)))) > 1:
-            raise UserError("steps taken or images differ between processes; all need the same --out and --data")
-        if self.finished and self.main:
-            print(f"{self.out}: this run is finished; remove that folder to start anew")
+        self.checkpoint = self.out / "checkpoint.pt"
+        self.is_rank_zero, self.processes = dist.get_rank() == 0, dist.get_world_size()
+        self.settings, self.signals = comparable_settings(args), StopSignals()
+        found = [(read_state(self.checkpoint), self.scored_on()) if self.is_rank_zero else None]
+        dist.broadcast_object_list(found)  # a network disk may show an older state to another node
+        state, scored_on = found[0]
+        code = code_hashes()
+        self.first_step, self.unreadable, self.codes = 0, 0, [dict(step=0) | code]
+        if state:
+            self.first_step, self.unreadable, self.codes = state["step"], state["unreadable"], state["code"]
+            self.check_same_run(state, code)
+        if len(set(all_gather_object(images))) > 1:
+            raise UserError("--data: the processes see different images; every node needs the same files")
+        self.finished = self.first_step == args.steps and args.mmvp in (None, scored_on)
+        if self.finished and self.is_rank_zero:
+            print(f"{self.out}: this run is finished; remove that folder to start over")
 
     def scored_on(self) -> str | None:
-        """The benchmark of the scores in OUT, as it was named."""
+        """The benchmark of the scores in OUT, as --mmvp named it; None if there are no scores."""
         with contextlib.suppress(OSError, ValueError, AttributeError):
-            return json.loads((self.out / "args.json").read_text()).get("mmvp")
+            if (self.out / "mmvp" / "scores.json").exists():
+                return json.loads((self.out / "args.json").read_text()).get("mmvp")
 
-    def refuse_another_run(self, state: dict) -> None:
-        """UserError: the run whose checkpoint is `state` is not this one."""
-        differs = []
+    def check_same_run(self, state: dict, code: dict[str, str]) -> None:
+        """UserError: `state` is that of a run with other settings, images or code."""
+        differences, saved = [], state["settings"]
         for key, value in self.settings.items():
-            if state["settings"].get(key) != value:
-                differs.append(f"{key} {state['settings'].get(key)!r} there, {value!r} here")
-        if differs:
-            what = "; ".join(differs)
-            raise UserError(f"{self.out}: holds another run ({what}); name another --out, or remove that folder")
+            if saved.get(key) != value:
+                differences.append(f"{key} {saved.get(key)!r} there, {value!r} here")
+        if differences:
+            raise UserError(
+                f"{self.out}: holds another run ({'; '.join(differences)}); name another --out, or remove that folder"
+            )
         if state["images"] != self.images:
             raise UserError(
-                f"{self.out}: its run has other images ({state['images']} there, {self.images} here); bring them back"
+                f"{self.out}: its run has other images ({state['images']} there, {self.images} here); restore the "
+                f"original --data"
             )
-        changed = [name for name in METHOD if state["code"][-1].get(name) != self.code[name]]
+        changed = [name for name in METHOD if state["code"][-1].get(name) != code[name]]
         if changed and self.first_step < self.args.steps:
             if not self.args.changed_code:
                 raise UserError(
-                    f"{self.out}: {', '.join(changed)} changed since this run's last save; name another --out, or go "
-                    f"on all the same with --changed-code"
+                    f"{self.out}: {', '.join(changed)} changed since this run's last save; name another --out, or "
+                    f"resume anyway with --changed-code"
                 )
-            self.codes = [*state["code"], dict(step=self.first_step) | self.code]
+            self.codes = [*self.codes, dict(step=self.first_step) | code]
 
     @contextlib.contextmanager
-    def started(self, clip, diffusion, conditioner: torch.nn.Module, images) -> Iterator[None]:
-        """Makes OUT with its args.json and prints the plan; within the block signals stop the run between steps.
+    def started(self, clip, diffusion, conditioner: torch.nn.Module, dataset) -> Iterator[None]:
+        """Writes OUT/args.json and prints the plan; within the block a signal stops the run between two steps.
 
-        UserError: OUT cannot hold a run.
+        UserError: OUT cannot be written.
         """
-        self.clip, self.conditioner, self.metrics = clip, conditioner, self.out / "metrics.jsonl"
-        if self.main:
-            self.out.mkdir(parents=True, exist_ok=True)
-            check_renames(self.out)
-            if self.args.mmvp:  # scores of another benchmark must not pass for this one's
+        self.clip, self.conditioner, self.step = clip, conditioner, self.first_step
+        if self.is_rank_zero:
+            if self.args.mmvp:  # scores on another benchmark must not pass for this one's
                 (self.out / "mmvp" / "scores.json").unlink(missing_ok=True)
             packages = ("torch", "open_clip_torch", "diffusers", "transformers")
             versions = {name: importlib.metadata.version(name) for name in packages}
             content = vars(self.args) | dict(versions=versions, code=self.codes)
             write_atomically(self.out / "args.json", json.dumps(content, indent=2) + "\n")
-            if self.metrics.exists():  # the lines after the checkpoint come again
-                write_atomically(self.metrics, "".join(self.metrics.read_text().splitlines(True)[: self.first_step]))
-            print(plan(self.args, self.first_step, clip, diffusion, conditioner, images), flush=True)
-        handlers = [signal.signal(number, self.ask_to_stop) for number in SIGNALS]
-        batch, every = self.args.batch_size, 0.5 if sys.stderr.isatty() else 30  # seconds: a log file needs no more
-        self.bar = tqdm(
-            total=self.args.steps * batch, initial=self.first_step * batch, unit="image", mininterval=every,
-            dynamic_ncols=True, disable=not self.main,
-            bar_format="{l_bar}{bar}| [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
-        )  # fmt: skip
-        try:
-            yield
-        finally:
-            self.bar.close()
-            for number, handler in zip(SIGNALS, handlers):
-                signal.signal(number, handler or signal.SIG_DFL)
+            print(plan(self.args, self.first_step, clip, diffusion, conditioner, dataset), flush=True)
+        self.metrics = Metrics(self.args, self.first_step, self.unreadable)
+        with self.signals.caught():
+            try:
+                yield
+            finally:
+                self.metrics.close()
 
-    def restore(self, optimizer: torch.optim.Optimizer, steps: range) -> None:
-        """Reads the checkpoint, if the run goes on within `steps`: the weights, and what `optimizer` knew of them."""
+    def restore(self, optimizer: torch.optim.Optimizer, step_range: range) -> None:
+        """Loads the checkpoint into the conditioner and `optimizer`, if the run resumes within `step_range`.
+
+        At a stage's border the checkpoint has the optimizer of the stage that ended there, so the stage that begins
+        there loads the weights alone.
+        """
         self.optimizer = optimizer
-        if self.first_step and steps.start <= self.first_step <= steps.stop:
-            same = optimizer if self.first_step > steps.start else None  # the first of these steps has a new optimizer
-            load_checkpoint(self.out / "checkpoint", self.conditioner, same)
-        self.time = time.perf_counter()
+        if self.first_step and step_range.start <= self.first_step <= step_range.stop:
+            same_stage = self.first_step > step_range.start
+            step = load_checkpoint(self.checkpoint, self.conditioner, optimizer if same_stage else None)
+            if step != self.first_step:
+                raise UserError(f"{self.checkpoint}: at step {step}, not {self.first_step}; all nodes must share --out")
+        self.metrics.start_clock()
 
     def record(self, loss: torch.Tensor, batch: dict) -> None:
-        """Keeps a micro-batch's loss, and the names of the images that could not be read, for `log`."""
-        self.began = True
-        self.losses.append(loss.detach())
-        self.passed_over += batch["unreadable"]
-        self.bar.update(len(batch["images"]) * self.processes)
+        """Records the loss of a micro-batch, without the penalty."""
+        self.signals.armed = True
+        self.metrics.record(loss, batch)
 
     def log(self, step: int, grad_norm: torch.Tensor, lr: float) -> None:
-        """Logs a step that is about to be taken, averaged over the processes: its one host–device sync.
-
-        UserError, the same in every process: the loss or its gradient is not finite, or more than one image in ten
-        cannot be read.
-        """
-        mine, passed_over = sum(self.losses) / len(self.losses), self.passed_over
-        self.losses, self.passed_over = [], []
-        sums = torch.stack([mine / self.processes, torch.full_like(grad_norm, len(passed_over))])
-        dist.all_reduce(sums)
-        loss, unread, grad_norm = torch.cat([sums, grad_norm[None]]).tolist()
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            where = [str(rank) for rank, value in enumerate(all_gather_object(float(mine))) if not math.isfinite(value)]
-            process = f" (process {', '.join(where)})" if where else ""
-            raise UserError(
-                f"step {step}: the loss is {loss}, its gradient's norm {grad_norm}{process}; this step was not taken, "
-                f"and what was saved before is in {self.out}"
-            )
-        names = sum(all_gather_object(passed_over), []) if unread else []
-        self.names, self.unreadable = (self.names + names)[:3], self.unreadable + len(names)
-        reads = (step + 1) * self.args.batch_size + self.unreadable
-        if reads >= 100 and self.unreadable * 10 > reads:
-            names = "; ".join(self.names)
-            raise UserError(f"step {step}: {self.unreadable} of {reads} images could not be read: {names}")
-
-        now = time.perf_counter()
-        speed, self.time = self.args.batch_size / (now - self.time), now
-        if self.main:
-            line = dict(
-                step=step, loss=loss, grad_norm=grad_norm, lr=lr, images_per_second=round(speed, 3),
-                peak_memory_gib=round(peak_memory() / 2**30, 3), unreadable=self.unreadable,
-            )  # fmt: skip
-            if names:
-                line["passed_over"] = names
-            with open(self.metrics, "a") as file:
-                file.write(json.dumps(line) + "\n")
-        self.bar.set_postfix_str(f"step {step + 1}/{self.args.steps}, loss {loss:.4f}, lr {lr:.1e}", refresh=False)
+        """Logs a step that is about to be taken. UserError: not finite, or too many images cannot be read."""
+        self.metrics.log(step, grad_norm, lr)
 
     def save(self, step: int) -> None:
-        """Saves CLIP and checkpoint every --save-every steps and at the end, and each CLIP that --keep-every asks for;
-        stops the run if a signal asked for it.
+        """Saves the checkpoint every --save-every steps, the CLIP every --keep-every steps, and both at the end.
 
-        Raises Stopped in every process, once all is saved, if one of them was sent one of SIGNALS.
+        Raises:
+            Stopped: in every process, once all is saved, if one of them has received a signal.
         """
-        number = torch.tensor(self.signal)
-        dist.all_reduce(number, dist.ReduceOp.MAX)  # on the CPU, so that no GPU is waited for
-        due = step % self.args.save_every == 0 or step == self.args.steps
-        keep = self.args.keep_every and step % self.args.keep_every == 0
-        if self.main and (due or keep or number):
-            if due:  # before the checkpoint: a run that dies in between comes here again
-                with replaced_folder(self.out / "clip") as new:
-                    self.clip.save(new)
+        self.step = step
+        number = torch.tensor(self.signals.number)
+        dist.all_reduce(number, dist.ReduceOp.MAX)  # on the CPU: it does not wait for the GPU
+        last, keep = step == self.args.steps, self.args.keep_every and step % self.args.keep_every == 0
+        # All processes wait for a save (2.4 GB for ViT-L-14, 5 GB for ViT-H-14), so --save-every is hundreds of steps.
+        if self.is_rank_zero and (last or keep or number or step % self.args.save_every == 0):
+            # The conditioner trains CLIP's own tower, so `clip` has the trained weights.
+            # CLIPs come before the checkpoint: a run that dies in between takes these steps again.
             if keep:
-                with replaced_folder(self.out / f"clip-{step:06}") as new:
-                    self.clip.save(new)
-            synchronise(self.metrics)  # its lines are never behind the checkpoint
-            state = dict(step=step, unreadable=self.unreadable, images=self.images, settings=self.settings)
-            state |= dict(code=self.codes)
-            save_checkpoint(self.out / "checkpoint", self.conditioner, self.optimizer, state)
-            self.time = time.perf_counter()  # the next step's speed is its own
+                self.clip.save(self.out / f"clip-{step:06}")
+            if last:
+                self.clip.save(self.out / "clip")
+            self.save_checkpoint()
+            self.metrics.start_clock()  # a save is no part of the next step's time
         if number:
             dist.barrier()
-            name = signal.Signals(number.item()).name
-            raise Stopped(
-                f"{name}: stopped after {step} steps, saved in {self.out}; the same command goes on", number.item()
-            )
+            self.stop(number.item())
 
-    def ask_to_stop(self, number: int, frame) -> None:
-        """What a signal does: `save` sees it. Before the first batch it ends the process as usual: nothing is lost.
+    def save_checkpoint(self) -> None:
+        """Saves what the last whole step left."""
+        fsync(self.metrics.path)  # its lines are never behind the checkpoint
+        state = dict(step=self.step, unreadable=self.metrics.unreadable, images=self.images)
+        state |= dict(settings=self.settings, code=self.codes)
+        save_checkpoint(self.checkpoint, self.conditioner, self.optimizer, state)
 
-        Without torchrun, which repeats it, a second Ctrl-C ends all.
+    def waiting(self) -> None:
+        """Called while a batch is late. After a signal it saves what the last whole step left, and raises Stopped.
+
+        Without it a disk that never answers would make the run deaf to signals. Weights change only at the end of a
+        step, so process 0 can save here on its own; with several processes, a batch that is only late ends its step.
         """
-        self.signal = number
-        if not self.began or (number == signal.SIGINT and "RANK" not in os.environ):
-            signal.signal(number, signal.SIG_DFL)
-        if not self.began:
-            signal.raise_signal(number)
+        if self.signals.number and time.monotonic() > self.signals.time + (PATIENCE if self.processes > 1 else 0):
+            if self.is_rank_zero:
+                self.save_checkpoint()
+            self.stop(self.signals.number)
+
+    def stop(self, number: int) -> None:
+        """Raises Stopped."""
+        stopped = f"{signal.Signals(number).name}: stopped after {self.step} steps, saved in {self.out}"
+        raise Stopped(f"{stopped}; run the same command again to resume", number)
 
     def end(self) -> None:
-        """Says where the trained CLIP is, and what to type next."""
-        if self.main:
-            print("\n" + ways_on(self.args, self.clip))
+        """Prints what was skipped, where the trained CLIP is, and what to type next."""
+        if self.is_rank_zero:
+            if self.metrics.unreadable:
+                print(f"\n{self.metrics.unreadable} images could not be read; {self.metrics.path} names them (skipped)")
+            print("\n" + next_steps(self.args, self.clip))
 
 
-def settings_to_keep(args: argparse.Namespace) -> dict:
-    """What must be the same when a run goes on. Paths are resolved: how they are spelled may change.
+def comparable_settings(args: argparse.Namespace) -> dict:
+    """The settings that must not change when a run is resumed. Of the images, the fingerprint is compared instead.
 
-    Of the images the fingerprint is compared, wherever they are.
+    Paths are resolved, and those in this repository are relative to it, so that a copied or moved repository resumes.
     """
     kept = {k: v for k, v in vars(args).items() if k not in MAY_CHANGE_ON_RESUME and k not in ("recipe", "data")}
     for key in ("clip", "diffusion"):
         if os.path.exists(kept[key]):
-            kept[key] = os.path.realpath(kept[key])
+            path = Path(kept[key]).resolve()
+            kept[key] = str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
     return json.loads(json.dumps(kept))
 
 
 def code_hashes() -> dict[str, str]:
-    """A hash of each file of the method."""
-    root = Path(__file__).parents[1]
-    return {name: hashlib.sha256((root / name).read_bytes()).hexdigest()[:12] for name in METHOD}
+    """A hash of each file of METHOD, without its comments, docstrings and layout."""
+    hashes = {}
+    for name in METHOD:
+        tree = ast.parse((ROOT / name).read_bytes())
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node, clean=False):
+                node.body = node.body[1:]
+        hashes[name] = hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:12]
+    return hashes
 
 
-def plan(args: argparse.Namespace, first_step: int, clip, diffusion, conditioner, images) -> str:
+def plan(args: argparse.Namespace, first_step: int, clip, diffusion, conditioner, dataset) -> str:
     """What a run is about to do, in a few lines."""
     tower, linear = (
         sum(p.numel() for p in module.parameters()) / 1e6 for module in (conditioner.visual, conditioner.projection)
     )
     processes, slow, device = dist.get_world_size(), "", diffusion.text_embedding.device
     accumulated, tokens = args.batch_size // (args.micro_batch * processes), 1 + conditioner.recap.count
-    if device.type == "cpu" and images.size >= 256:
-        slow = f"; slow on a CPU: about {args.batch_size * 5 * (images.size / 512) ** 2:,.0f} TFLOP a step"
+    if device.type == "cpu" and dataset.size >= 256:
+        slow = f"; slow on a CPU: about {args.batch_size * 5 * (dataset.size / 512) ** 2:,.0f} TFLOP a step"
     beyond = beyond_the_paper(vars(args))
     lines = {
         "recipe": f"{args.recipe}, seed {args.seed}" + (", random weights" if args.random_weights else ""),
-        "CLIP θ": f"{args.clip}, {clip.image_size}²; {tower:.4g} M parameters of its vision tower learn",
+        "CLIP θ": f"{args.clip}, {clip.image_size}²; its vision tower of {tower:.4g} M parameters is trained",
         "diffusion φ": f"{args.diffusion}, frozen, {args.precision} on {device.type}",
         "condition": f"{tokens} token{'s' if tokens > 1 else ''}, recap {args.recap}, text {args.text!r} by "
-        f"{args.join}, a linear layer of {linear:.3g} M",
-        "images": f"{len(images):,} at {images.size}², {args.states} noisy states each",
+        f"{args.join}, a linear layer of {linear:.3g} M parameters",
+        "images": f"{len(dataset):,} at {dataset.size}², {args.states} noisy states each",
         "steps": f"{first_step:,} to {args.steps:,}, {args.optimizer}, lr {args.lr:g}, batch {args.batch_size} = "
         f"{processes} process{'es' if processes > 1 else ''} × micro-batch {args.micro_batch} × {accumulated} "
         f"accumulated{slow}",
-        "beyond DIVA": " ".join([*beyond, "(see beyond.py)"] if beyond else ["nothing"]),
+        "beyond DIVA": f"by its options: {' '.join([*beyond, '(see beyond.py)']) if beyond else 'nothing'}",
+        "scores": f"before and after training, on {args.mmvp}" if args.mmvp else "none (no --mmvp)",
         "writes": args.out,
     }
     return "\n".join(f"{name:12} {text}" for name, text in lines.items())
 
 
-def ways_on(args: argparse.Namespace, clip) -> str:
-    """Where the trained CLIP is, and what to type next."""
-    folder, quoted = f"{args.out}/clip", shlex.quote(f"{args.out}/clip")
+def next_steps(args: argparse.Namespace, clip) -> str:
+    """Where the trained CLIP is, and what to type next, in this order."""
+
+    def command(script: str, *arguments: str) -> str:
+        return shlex.join(["python", os.path.relpath(ROOT / script), *arguments])
+
+    folder = f"{args.out}/clip"
     lines = {"the CLIP": f'open_clip.create_model_and_transforms("local-dir:{folder}")'}
     if clip.tokenizer_error:
         lines["no tokenizer"] = clip.tokenizer_error
     elif not (args.mmvp or args.random_weights):
-        lines["to score it"] = f"python evaluate_mmvp.py {shlex.quote(recipe_of(args.clip) or args.clip)} {quoted}"
-    lines["to see it"] = f"python extras/reconstruct.py {shlex.quote(args.out)} FILE.png"
-    lines["to export it"] = f"python extras/export.py {quoted} DIR"
-    lines["its report"] = f"python extras/report.py {shlex.quote(args.out)}"
+        lines["to score it"] = command("evaluate_mmvp.py", recipe_of(args.clip) or args.clip, folder)
+    if not args.random_weights and (args.mmvp or args.data != ["synthetic"]):  # else there is nothing to see
+        lines["to see it"] = command("extras/reconstruct.py", args.out)
+    lines["to export it"] = command("extras/export.py", folder, f"{args.out}/transformers")
+    lines["its report"] = command("extras/report.py", args.out)
     return "\n".join(f"{name:12} {text}" for name, text in lines.items())
-
-
-def peak_memory() -> int:
-    """The most that this process has held so far, in bytes: on its GPU, or without one in main memory."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # Linux: KiB
