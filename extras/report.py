@@ -197,7 +197,7 @@ def draw_types(embedding: str, before: dict[str, float], after: dict[str, float]
         for percent, word in marks
     ]  # fmt: skip
     template = """<figure>
-<figcaption>$e by type, %: <b class="before">before</b>, <b class="after">after</b></figcaption>
+<figcaption>$e by type, %: <span class="before">before</span>, <span class="after">after</span></figcaption>
 <svg class="types" viewBox="0 0 420 $height" role="img" aria-label="$e by type, as in the table">$axis$rows</svg>
 </figure>"""
     return fill(template, e=embedding, height=24 * len(rows) + 20, axis=axis, rows=rows)
