@@ -51,7 +51,7 @@ import torch
 from tqdm import tqdm
 
 from harness.precision import full_fp32
-from harness.scores import mcnemar
+from harness.scores import bootstrap_means, mcnemar, percentile_interval
 from harness.sources import ImageFiles
 from model import Clip, load_clip
 
@@ -139,11 +139,10 @@ def wilson(right: np.ndarray, z: float = 1.96) -> tuple[float, float]:
 
 def change(before: np.ndarray, after: np.ndarray) -> str:
     """The paired change between two CLIPs' outcomes (n,) bool, as text."""
-    won, lost, n = int((after & ~before).sum()), int((before & ~after).sum()), len(before)
-    # a bootstrap over n images draws how many of them were won, lost and neither
-    drawn = np.random.default_rng(0).multinomial(n, [won / n, lost / n, 1 - (won + lost) / n], 10_000)
-    low, high = np.percentile(100 * (drawn[:, 0] - drawn[:, 1]) / n, [2.5, 97.5])
-    words = f"{100 * (won - lost) / n:+.2f} points (95% interval {low:+.2f} … {high:+.2f})"
+    difference = 100 * (after.astype(int) - before)  # in points
+    low, high = percentile_interval(bootstrap_means(difference, np.random.default_rng(0)))
+    won, lost = int((difference > 0).sum()), int((difference < 0).sum())
+    words = f"{difference.mean():+.2f} points (95% interval {low:+.2f} … {high:+.2f})"
     return f"{words}, images won {won}, lost {lost}, exact McNemar p = {mcnemar(won, lost):.2g}"
 
 
