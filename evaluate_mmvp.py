@@ -5,7 +5,7 @@
 
 A pair has two images and two statements. It counts if each statement is closer to its own image than to the other one
 (`pairs_right`). The score of a type is the share of its pairs that count; the average is taken over the types. Chance
-is 25. The released evaluation ran some CLIPs in fp16, where ties make runs differ.
+is 25. The released evaluation computes some CLIPs in fp16, where ties make the score vary.
 
 An image is embedded in two ways:
 
@@ -57,7 +57,7 @@ def pairs_right(cosines: np.ndarray) -> np.ndarray:
 
     For each statement, the softmax over the two images of 100 · cosine chooses the first image if it gives it more than
     0.5. A pair counts if the first statement chooses the first image, and the second statement does not. So a tie goes
-    to the second image, and a pair with a tie in its first statement is wrong.
+    to the second image.
     """
     logits = np.float32(100) * cosines.astype(np.float32)
     exp = np.exp(logits - logits.max(-1, keepdims=True))
@@ -78,7 +78,7 @@ def embed_images(cls: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
 def encode_pairs(
     clip: Clip, pairs: list[Pair], device, batch_size: int = 32, progress: bool = True
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """The benchmark as CLIP sees it, in batches of p pairs. Moves CLIP to `device`.
+    """Encodes the benchmark in batches of p pairs. Moves CLIP to `device`.
 
     Yields the images' class tokens (2p, D) and local tokens (2p, P, D), pair by pair, and the statements' embeddings
     (p, 2, D), unit length.
@@ -172,7 +172,7 @@ def compare(
         names: the CLIPs; a recipe's CLIP is shown beside the paper's figures.
         cosines: of each CLIP, from `similarities`.
         folder: where scores.json and pairs.csv are written, if anywhere.
-        readings: of each CLIP, the released reading whose draws follow in its cosines.
+        readings: of each CLIP, the released reading whose draws are in its cosines, after the two embeddings.
     """
     types, recipes = [pair.type for pair in pairs], [recipe_of(name) for name in names]
     outcomes = [pairs_right(clip_cosines) for clip_cosines in cosines]  # each (2 embeddings and all draws, pairs) bool
@@ -184,11 +184,13 @@ def compare(
     if folder:
         save_scores(Path(folder), clips, cosines, rights, pairs)
 
-    drawn = [outcome[2:].mean(0) for outcome in outcomes] if readings else []  # each (pairs,), the mean over draws
-    shown = [right | dict(released=mean) for right, mean in zip(rights, drawn)] or rights
-    parts = ["\n".join(f"{k}: {name}" for k, name in enumerate(names, start=1)), table(shown, recipes, types)]
+    drawn = []
+    if readings:
+        drawn = [outcome[2:].mean(0) for outcome in outcomes]  # each (pairs,), the mean over draws
+        rights = [right | dict(released=mean) for right, mean in zip(rights, drawn)]
+    parts = ["\n".join(f"{k}: {name}" for k, name in enumerate(names, start=1)), table(rights, recipes, types)]
     for k, (clip, reading) in enumerate(zip(clips, readings or []), start=1):
-        parts.append(f"{k} released, the reading {reading}: {draws_in_words(clip['released'])}")
+        parts.append(f"{k} released ({reading}): {draws_in_words(clip['released'])}")
     for k, lines in enumerate(changes, start=2):
         words = [f"change from 1 to {k}:", *(verdict(line, len(pairs)) for line in lines)]
         if readings:

@@ -59,7 +59,7 @@ SUMMARY = (
 )
 EXPLAINED = (
     "Percent of pairs right before and after training, by cls: CLIP's class token, as encode_image returns it. By "
-    "cls+local, which adds the mean of the local tokens: {local}. Chance is 25; {count:,} pairs of {mmvp}."
+    "cls+local, which adds the mean of the local tokens: {local}. {count:,} pairs of {mmvp}; chance is 25."
 )
 CARD = """---
 library_name: open_clip
@@ -84,10 +84,10 @@ class Html(str):
 
 
 def fill(template: str, **values) -> Html:
-    """Fills in the template's $values. This is the only place where text becomes HTML, and each value is escaped.
+    """Fills in the template's $values. This is the only place where text becomes HTML.
 
-    Html, and Html in a list, is inserted as it is. Text is joined to one line: within a line of HTML, Markdown does not
-    interpret it.
+    Html, also in a list, is inserted unchanged; other values are escaped. They are joined into one line, because the
+    card is Markdown, which is interpreted again after an empty line.
     """
 
     def safe(value) -> str:
@@ -100,15 +100,15 @@ def fill(template: str, **values) -> Html:
 
 @contextlib.contextmanager
 def reading(path: Path):
-    """Any error in the block is a UserError that names `path`."""
+    """Turns any error in the block into a UserError that names `path`."""
     try:
         yield
-    except Exception as error:  # csv, json and numpy raise many kinds, and so do entries of another type
+    except Exception as error:  # csv, json and numpy raise many kinds; entries of a wrong type raise others
         raise UserError(f"{path}: cannot be read ({type(error).__name__}: {one_line(error)})") from None
 
 
 def describe(path: Path, taken: int) -> tuple[dict, dict]:
-    """A run's settings, and the template's values about them after `taken` steps. Paths are cut to two parts."""
+    """A run's settings, and the template's values about them after `taken` steps. Paths keep their last two parts."""
     with reading(path):
         args = json.loads(path.read_text(encoding="utf-8"))
         names = [args["clip"], args["diffusion"], args["mmvp"] or "", *args["data"][:3]]
@@ -124,7 +124,7 @@ def describe(path: Path, taken: int) -> tuple[dict, dict]:
             words["summary"] += " It started from random weights, so it is not scored."
         if clip == "miniature/clip" and words["data"] != "miniature/images.tar":
             words["summary"] += (
-                " The miniature's CLIP knows its drawn scenes only; trained on other images, it loses on its benchmark."
+                " The miniature's CLIP knows only its drawn scenes: do not expect a gain from training on other images."
             )
     words["method"] = "By its options, the method is DIVA's (arXiv 2407.20171)"
     words["method"] += f", except for: {'; '.join(deviations)}." if deviations else "."
@@ -269,7 +269,7 @@ def show_changes(pairs: list[dict], mmvp: str) -> Html:
                 raise UserError(f"{mmvp}: not the benchmark that was scored")
             pair["images"] = [picture(path, 224, "jpeg") for path in paths]
     except (UserError, OSError) as error:
-        warn(missing := f"No images ({one_line(error)}); use --mmvp PATH.")
+        warn(missing := f"No images: {one_line(error)}. Use --mmvp PATH if the benchmark has moved.")
         note += " " + missing
     template = """<article><h3>$type <small>$id1, $id2</small></h3>$images<p>$statement1</p><p>$statement2</p>$outcomes
 </article>"""
@@ -293,7 +293,7 @@ def report(folder: Path, mmvp: str | None = None) -> dict[Path, Html]:
         words["summary"] += f" {unreadable:,} images could not be read."
     words |= dict(folder=folder, out=shlex.quote(str(folder)), headline="Not scored", explained="", verdict="")
     words |= dict(charts="", table="", pairs="", drawn="")
-    if (folder / "mmvp" / "scores.json").exists() and not args["random_weights"]:  # it is the last file of the scores
+    if (folder / "mmvp" / "scores.json").exists() and not args["random_weights"]:  # the last file that is written
         benchmark = words["mmvp"] or "a benchmark that the run does not name"  # scored with evaluate_mmvp.py
         words |= read_scores(folder / "mmvp" / "scores.json", benchmark)
         words["pairs"] = show_changes(read_pairs(folder / "mmvp" / "pairs.csv"), mmvp or args["mmvp"] or benchmark)

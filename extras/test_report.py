@@ -115,7 +115,7 @@ def test_the_page_says_what_the_cosines_say(tmp_path, monkeypatch, capsys):
     assert table[-1][3::3] == ["{low:+.1f} … {high:+.1f}".format(**change) for change in changes]
     gain, local = (f"{b:.1f} → {a:.1f} ({a - b:+.1f})" for b, a in figures[:, :, -1].T)
     words = " ".join(verdict(change, 27) for change in changes)
-    assert page.all("h1") == [gain] and f"{local}. Chance is 25; 27 pairs of" in page.text
+    assert page.all("h1") == [gain] and f"{local}. 27 pairs of" in page.text and "chance is 25" in page.text
     assert all(text in card and text in page.text for text in (gain, local, words))
     assert page.text.index(gain) < page.text.index(words)
     x = np.array([float(x) for x in page.all("circle", "cx")]).reshape(2, 9, 2)  # (e, types, CLIPs), 2.2 a percent
@@ -152,14 +152,14 @@ def test_the_page_tells_what_is_not_the_papers(tmp_path):
         ("By its options, the method is DIVA's (arXiv 2407.20171).", write_run(tmp_path / "paper")),
         ("--freeze-projection; --ldifs 0.03", write_run(tmp_path / "miniature", recipe="miniature")),
         ("except for: a changed train.py from step 2.", write_run(tmp_path / "code", code=code)),
-        ("knows its drawn scenes only", write_run(tmp_path / "photos", **images)),
+        ("knows only its drawn scenes", write_run(tmp_path / "photos", **images)),
         ("started from random weights", write_run(tmp_path / "random", mmvp, random_weights=True)),
     ):
         page, card = read_report(out)
         for text in (page.text, Page(card).text):
             assert words in text and text.count("DIVA") == 1 and "a/folder" not in text
             assert ("drawn scenes" in text) == (out.name == "photos")
-            assert "3 of 3 steps" in text and "2 images could not be read" in text and "Chance" not in text
+            assert "3 of 3 steps" in text and "2 images could not be read" in text and "chance is" not in text
         assert page.all("h1") == ["Not scored"] and not page.all("td") + page.all("article") + page.all("circle")
     text = (out / "metrics.jsonl").read_text()
     (out / "metrics.jsonl").write_text(text[:-20])  # of a run that is going on
@@ -231,7 +231,7 @@ def test_a_missing_or_different_benchmark_is_reported(tmp_path, capsys):
     mmvp.rename(tmp_path / "moved")
     for where, why in ((None, f"{mmvp}: no such folder"), (other, "not the benchmark that was scored")):
         page, _ = read_report(out, where)
-        assert re.search(f"No images .*{why}.*; use --mmvp PATH", page.text) and not page.images
+        assert re.search(f"No images: .*{why}.*Use --mmvp PATH", page.text) and not page.images
         assert why in capsys.readouterr().err
     page, _ = read_report(out, tmp_path / "moved")
     assert len(page.images) == 2 * len(page.all("article")) > 0 and "No images" not in page.text

@@ -21,7 +21,7 @@ from harness.recipes import locate_clip
 def read_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Zero-shot accuracy of any number of CLIPs on a folder of images.")
     parser.error = usage_error
-    clips = "recipes, ARCH:TAG of open_clip, hf-hub:OWNER/NAME or folders; CLIP@WEIGHTS too; changes are from the first"
+    clips = "recipes, ARCH:TAG, hf-hub:OWNER/NAME, folders, or CLIP@WEIGHTS; each is compared with the first"
     parser.add_argument("clips", nargs="+", metavar="CLIP", help=clips)
     parser.add_argument("--data", required=True, metavar="FOLDER", help="a folder with a subfolder per class")
     sentences = "sentences with {} for the name, such as 'a photo of a {}.' (default: OpenAI's 80)"

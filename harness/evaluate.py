@@ -1,4 +1,4 @@
-"""What evaluate_mmvp.py needs around the benchmark: its command line, its warnings, its files. No torch."""
+"""The command line, warnings and output files of evaluate_mmvp.py. No torch here, so that --help is fast."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from harness.recipes import RECIPES, locate_clip, recipe_of, split_weights
 
 
 def read_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line. `readings` has the released reading of each CLIP; it is empty without --released."""
+    """Parses the command line. `readings` lists the released reading of each CLIP; without --released it is empty."""
     parser = argparse.ArgumentParser(
         description="MMVP-VLM scores of any number of CLIPs, side by side.",
         epilog="A CLIP is a recipe, ARCH:TAG of open_clip, hf-hub:OWNER/NAME, or a folder saved by a run. CLIP@WEIGHTS "
         "is that CLIP with its weights loaded from WEIGHTS. Recipes: " + ", ".join(RECIPES) + ".",
     )
     parser.error = usage_error
-    parser.add_argument("clips", nargs="+", metavar="CLIP", help="the CLIPs to score; changes are from the first")
+    parser.add_argument("clips", nargs="+", metavar="CLIP", help="the CLIPs to score; each is compared with the first")
     mmvp = "a folder or the hub's data set (default: the benchmark of a recipe among the CLIPs, or MMVP/MMVP_VLM)"
     parser.add_argument("--mmvp", metavar="PATH", help=mmvp)
-    released = "add DIVA's released reading, that of each CLIP's recipe; RECIPE's for CLIPs that are not a recipe's"
+    released = "also score DIVA's released reading: that of each CLIP's recipe, or RECIPE's for other CLIPs"
     parser.add_argument("--released", metavar="RECIPE", nargs="?", const="", help=released)
     parser.add_argument("--out", metavar="DIR", help="write scores.json and pairs.csv to DIR")
     parser.add_argument("--batch-size", type=int, default=32, help="images per forward pass (default: %(default)s)")
@@ -56,7 +56,7 @@ def warn_of_limits(clip, pairs: list) -> None:
     tokenizer = clip.tokenizer()
     words = getattr(tokenizer, "tokenizer", None)  # transformers', unless it is built into open_clip
     unknown = getattr(words, "unk_token_id", None)
-    if unknown is not None and unknown != words.eos_token_id:  # else it ends every text
+    if unknown is not None and unknown != words.eos_token_id:  # else it also marks the end of each text
         ids = tokenizer([statement for pair in pairs for statement in pair.statements])  # (2 · pairs, L)
         count = int((ids == unknown).any(1).sum())
         if count:
@@ -67,7 +67,7 @@ def warn_of_limits(clip, pairs: list) -> None:
 
 
 def save_scores(folder: Path, clips: list[dict], cosines: list, rights: list[dict], pairs: list) -> None:
-    """Writes pairs.csv, the cosines and outcomes of each CLIP and pair, and scores.json, which holds `clips`."""
+    """Writes pairs.csv, the cosines and outcomes of each CLIP and pair, and scores.json, which contains `clips`."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for clip, clip_cosines, right in zip(clips, cosines, rights):
@@ -83,4 +83,4 @@ def save_scores(folder: Path, clips: list[dict], cosines: list, rights: list[dic
         writer.writeheader()
         writer.writerows(rows)
     content = json.dumps(dict(pairs=len(pairs), clips=clips), indent=2) + "\n"
-    write_atomically(folder / "scores.json", content)  # last: it marks the run as scored
+    write_atomically(folder / "scores.json", content)  # last: it marks a run as scored
