@@ -64,7 +64,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises:
         ValueError: 32-bit gray, which has no defined white level.
     """
-    with contextlib.suppress(Exception):  # broken EXIF is ignored; broken pixels raise again in the conversion
+    image.load()  # raises on broken pixels; a second load of a JPEG 2000 file would not
+    with contextlib.suppress(Exception):  # broken EXIF is ignored
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I;16"):  # Pillow would clip 16-bit gray at 255
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")

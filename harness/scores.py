@@ -87,7 +87,7 @@ def paired_change(before: Rights, after: Rights, types: list[str]) -> list[dict]
 def table(clips: list[Rights], recipes: list[str | None], types: list[str]) -> str:
     """The scores as text: a row for each type, a column for each CLIP and embedding.
 
-    A CLIP that is the one of a recipe (`recipes`) gets another column with the paper's scores.
+    `recipes` holds each CLIP's recipe, or None. The paper's scores for a recipe get a column of their own.
     """
     columns = [["% right (chance: 25)", *type_names(types), "average", "95% interval"]]
     for k, (rights, recipe) in enumerate(zip(clips, recipes), start=1):
@@ -111,7 +111,7 @@ def table(clips: list[Rights], recipes: list[str | None], types: list[str]) -> s
 
 
 def draws_in_words(averages: list[float]) -> str:
-    """The average of a reading; if it draws patches at random, the spread over its draws."""
+    """The average of a reading, and its spread if the reading draws patches at random."""
     if len(averages) == 1:
         return f"{averages[0]:.1f}"
     mean, deviation = np.mean(averages), np.std(averages, ddof=1)
@@ -120,10 +120,10 @@ def draws_in_words(averages: list[float]) -> str:
 
 
 def verdict(change: dict, pairs: int) -> str:
-    """One item of `paired_change`, measured on this many pairs, as a sentence.
+    """An item of `paired_change`, measured on `pairs` pairs, as a sentence.
 
-    A gain or a loss needs p < 0.05 and an interval without zero. Otherwise the sentence gives the smallest change that
-    would show. The result is inconclusive if the interval includes such a change; if not, no effect is seen.
+    A gain or a loss needs p < 0.05 and an interval without zero. Otherwise the sentence gives the smallest visible
+    change: the result is inconclusive if the interval includes it, and no effect is seen if not.
     """
     visible = smallest_visible(change["won"] + change["lost"], pairs)
     would_show = f"; with {pairs} pairs, only a change of about {visible:.1f} points or more would show"

@@ -14,14 +14,15 @@ import numpy as np
 from tqdm import tqdm
 
 from harness.errors import UserError, one_line
+from harness.files import atomic_path
 from harness.pictures import IMAGE_SUFFIXES
 
 
 def find_sources(source: Sequence[str], progress: bool = True) -> "ImageFiles | Shards":
     """Opens one folder of images, or shards given as paths, globs or brace lists.
 
-    Of several paths, those without ".tar" in their names are skipped if others have it: img2dataset writes a .json and
-    a .parquet next to each shard.
+    If any name contains ".tar", files whose names do not are skipped: img2dataset writes a .json and a .parquet next
+    to each shard.
 
     Raises:
         UserError: a path does not exist, contains no image, or is not an uncompressed tar file.
@@ -43,10 +44,9 @@ def find_sources(source: Sequence[str], progress: bool = True) -> "ImageFiles | 
 
 
 def expand_paths(name: str) -> Iterator[str]:
-    """The paths that `name` stands for: a path, a glob, or a brace list as in shells and webdataset.
+    """Expands a glob, or a brace list as in shells and webdataset: `{000..331}.tar`, `{a,b}.tar`.
 
-    `{000..331}.tar` → 000.tar … 331.tar; `{a,b}.tar` → a.tar, b.tar. Brackets and braces in the name of an existing
-    folder are taken literally.
+    Brackets and braces in the name of an existing file or folder are taken literally.
     """
     folder, pattern = name, ""
     while folder and not os.path.exists(folder):
@@ -82,15 +82,15 @@ def short_hash(*parts: bytes) -> str:
 class ImageFiles:
     """The images below a folder, sorted by path: `len(files)`, `files.read(i)` → bytes, `files.name(i)` → str.
 
-    Links to folders are followed; each real folder is searched once. Skipped and counted are files without an image's
-    suffix, hidden files and folders (.ipynb_checkpoints and .git hold copies of images), and dangling links. `notes`
-    tell what was skipped.
+    Links to folders are followed, but no folder is searched twice. `notes` report what is skipped: folders that cannot
+    be read, files without an image's suffix, dangling links, and everything hidden, since .ipynb_checkpoints and .git
+    hold copies of images.
     """
 
     def __init__(self, folder: str):
         self.folder, self.notes = folder, []
         paths, skipped, searched = [], Counter(), set()
-        folders = [""]  # below `folder`; grows while it is searched
+        folders = [""]  # relative to `folder`; grows in the loop
         for below in folders:
             place = os.path.join(folder, below)
             if os.path.realpath(place) in searched:
@@ -113,7 +113,7 @@ class ImageFiles:
                     else:
                         paths.append(os.fsencode(path))
             except OSError as error:
-                self.notes.append(f"{place}: this folder is skipped ({error.strerror})")
+                self.notes.append(f"{place}: folder skipped ({error.strerror})")
             folders += sorted(subfolders)
         if skipped:
             self.notes.append(f"{folder}: skipped {in_words(skipped, 'entries')}")
@@ -132,7 +132,7 @@ class ImageFiles:
         return Path(self.name(i)).read_bytes()
 
     def fingerprint(self) -> str:
-        """A hash of all paths below the folder, and of the sizes of a thousand images: asking for all takes minutes."""
+        """A hash of the relative paths, and of the sizes of a thousand images: all sizes would take minutes to read."""
         some = range(0, len(self), -(-len(self) // 1000))
         sizes = [os.path.getsize(self.name(i)) for i in some]
         return short_hash(self.paths.tobytes(), str(sizes).encode())
@@ -141,7 +141,7 @@ class ImageFiles:
 class Shards:
     """The images in tar shards: `len(shards)`, `shards.read(i)` → bytes, `shards.name(i)` → str.
 
-    3 million images take 48 MB: two int64 an image. Captions and other members are ignored.
+    Captions and other members are ignored. The index of 3 million images takes 48 MB: two int64 each.
     """
 
     def __init__(self, paths: Sequence[str], progress: bool = True):
@@ -182,22 +182,22 @@ class Shards:
 def shard_index(path: str) -> np.ndarray:
     """Offset and size in bytes of every image in an uncompressed tar, (images, 2) int64, in the tar's order.
 
-    The index is cached in the user's cache folder, after a row with the shard's size and modification time. A changed
-    shard is indexed again.
+    The index is cached in the user's cache folder, below a row with the shard's size and modification time, so that a
+    changed shard is indexed again.
 
     Raises:
-        UserError: it cannot be read, or is not a complete, uncompressed tar.
+        UserError: the shard cannot be read, or is not a complete, uncompressed tar.
     """
     try:
         stat = os.stat(path)
         stamp = np.array([[stat.st_size, stat.st_mtime_ns]])
-        rule = os.path.abspath(path) + "2" + " ".join(sorted(IMAGE_SUFFIXES))  # 2: the version of `find_images`
+        rule = os.path.abspath(path) + "2" + " ".join(sorted(IMAGE_SUFFIXES))  # "2": the version of `find_images`
         cache = Path(cache_folder(), short_hash(os.fsencode(rule)) + ".npy")
-        with contextlib.suppress(Exception):  # no cache, a broken one, or no header where it says
+        with contextlib.suppress(Exception):  # no index, a broken one, or one of another shard
             index = np.load(cache, allow_pickle=False)
             fresh = index.dtype == np.int64 and np.array_equal(index[:1], stamp)
             if fresh and index.min() >= 0 and index[1:].max(initial=0) <= stat.st_size:
-                with open(path, "rb") as shard:  # another shard may have the same size and time: check the last header
+                with open(path, "rb") as shard:  # of the same size and time, but another? See the last header
                     shard.seek(index[-1, 0] - 512)
                     header = tarfile.TarInfo.frombuf(shard.read(512), tarfile.ENCODING, "surrogateescape")
                 if header.size == index[-1, 1]:
@@ -206,26 +206,20 @@ def shard_index(path: str) -> np.ndarray:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({one_line(error)})") from None
 
-    part = cache.with_suffix(f".{os.getpid()}")
-    with contextlib.suppress(OSError):  # read-only or full: the next start indexes again
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(part, "wb") as file:
-                np.save(file, np.concatenate([stamp, members]))
-            os.replace(part, cache)  # atomic: several processes may write it
-        finally:
-            part.unlink(missing_ok=True)
+    with contextlib.suppress(UserError):  # read-only or full: the next start indexes again
+        with atomic_path(cache) as temporary, open(temporary, "wb") as file:
+            np.save(file, np.concatenate([stamp, members]))
     return members
 
 
 def cache_folder() -> str:
-    """The folder of the indexes. For a user without a home it is below /dev/null, so nothing is cached."""
+    """The folder for indexes. Without a home folder it is below /dev/null, so nothing is cached."""
     folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return os.path.join(folder if os.path.isabs(folder) else os.devnull, "diva")
 
 
 def find_images(path: str) -> np.ndarray:
-    """Indexes a shard by reading its headers. Tars joined with `cat` are read to the end of the last one.
+    """Indexes a shard from its headers, also if it is several tars joined with `cat`.
 
     Python's tarfile takes any block that is not a header for the end, so `next_tar` checks what follows.
     """
@@ -242,7 +236,7 @@ def find_images(path: str) -> np.ndarray:
                             raise tarfile.ReadError("a negative size")
                         hidden = re.search(r"(^|/)\.[^./]", member.name)
                         if member.isreg() and suffix(member.name) in IMAGE_SUFFIXES and not hidden:
-                            if member.issparse():  # stored without its zeros
+                            if member.issparse():  # its holes are not stored
                                 raise UserError(f"{path}: {member.name} is sparse; create the tar without tar's -S")
                             rows.append((member.offset_data, member.size))
                         tar.members.clear()  # it keeps a kilobyte per member
@@ -255,7 +249,7 @@ def find_images(path: str) -> np.ndarray:
 
 
 def next_tar(file, end: int) -> int | None:
-    """The offset of the tar that follows the one that ends at byte `end`, after its empty blocks; None if none does."""
+    """The offset of the tar after the one that ends at byte `end`, or None. Only zeros may lie between them."""
     file.seek(end)
     block = file.read(512)
     if not block:
