@@ -250,7 +250,7 @@ def test_the_command_compares_two_clips(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     command = f"evaluate_mmvp.py {MINIATURE}/clip {tmp_path}/run/clip --mmvp {mmvp} --out {scores}"
     monkeypatch.setattr(sys, "argv", command.split())
-    evaluate_mmvp.main()
+    evaluate_mmvp.main(evaluate_mmvp.read_args())
     said = capsys.readouterr().out
     clips = json.loads((scores / "scores.json").read_text())["clips"]
     theirs = json.loads((tmp_path / "run" / "mmvp" / "scores.json").read_text())["clips"]

@@ -298,7 +298,7 @@ def test_weights_stand_wherever_a_clip_is_named(tmp_path, monkeypatch, after):
     assert equal(load_file(out / "clip" / SAVED), after.state_dict())
     command = f"evaluate_mmvp.py miniature@{file} {out}/clip --mmvp {write_mmvp(tmp_path / 'mmvp')} --out {tmp_path}"
     monkeypatch.setattr(sys, "argv", command.split())
-    evaluate_mmvp.main()
+    evaluate_mmvp.main(evaluate_mmvp.read_args())
     pairs = [line.split(",", 1)[1] for line in (tmp_path / "pairs.csv").read_text().splitlines()[1:]]  # with cosines
     assert pairs and pairs[: len(pairs) // 2] == pairs[len(pairs) // 2 :]
 
