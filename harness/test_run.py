@@ -1,9 +1,5 @@
 """Fault tolerance: signals, kills, a full disk, broken images; and a resumed run ends in the same bits."""
 
-from test_smoke import ROOT, SMALL, TORCHRUN  # first: it sets environment variables that libraries read on import
-from test_smoke import assert_near, assert_same_run, assert_saved, at_loss, jpeg, metrics, picture, run, settings
-from test_smoke import steps_saved, weights, write_mmvp, write_shard, write_siglip
-
 import argparse
 import contextlib
 import csv
@@ -43,6 +39,10 @@ from harness.processes import default_precision, process_group
 from harness.recipes import MINIATURE, RECIPES, beyond_the_paper
 from harness.signals import SIGNALS, StopSignals
 from harness.test_input import refused
+from test_smoke import (
+    ROOT, SMALL, TORCHRUN, assert_near, assert_same_run, assert_saved, at_loss, jpeg, metrics, picture, run, settings,
+    steps_saved, weights, write_mmvp, write_shard, write_siglip,
+)  # fmt: skip
 
 STEPS = "--steps 5 --save-every 2"
 FULL_SIZE = [name for name in RECIPES if name != "miniature"]
