@@ -21,13 +21,12 @@ Both are measured at the start of the linear layer (--projection random or fitte
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from harness.errors import UserError, exit_on_user_error, usage_error
-from harness.options import parse_args
+from harness.options import count_processes, parse_args
 
 
 def read_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -44,8 +43,8 @@ def read_args(argv: list[str] | None = None) -> argparse.Namespace:
     if min(own.draws, own.pairs) < 1 or own.moves < 0:
         raise UserError("--draws and --pairs must be at least 1, --moves at least 0")
     args = parse_args([*options, "--steps", "1000000000"])  # --projection-steps must not exceed it
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("feedback.py is one process: start it with python, not with torchrun")
+    if count_processes() > 1:
+        raise UserError("runs as one process: start it with python, not with torchrun")
     if not args.mmvp:
         raise UserError("--mmvp is needed: the hub's MMVP/MMVP_VLM, or a folder in its layout")
     if args.data == ["synthetic"] and args.projection_steps:

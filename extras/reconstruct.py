@@ -7,8 +7,8 @@ Below each image are the pictures that φ draws from the condition of the untouc
 is the same for both: the initial noise, the patches of the recap, and the linear layer, which is the one at the run's
 end. DDIM adds no noise, so the pictures differ only by what CLIP says.
 
-The images are not chosen by hand: by default they are the first images of every n-th pair of the run's benchmark, in
-its order, where n is the number of pairs divided by --count; so they are spread evenly over the types. A run without a
+The images are not chosen by hand. By default they are the first image of every n-th pair of the run's benchmark, in its
+order, where n is the number of pairs divided by --count, so they are spread evenly over the types. A run without a
 benchmark shows the first images of its data.
 """
 
@@ -59,7 +59,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from condition import VisualCondition, draw_patch_indices
 from data import open_images
-from harness.checkpoint import load_checkpoint
+from harness.checkpoint import load_checkpoint, read_state
 from harness.mmvp import read_mmvp
 from harness.pictures import open_image, to_rgb
 from model import Diffusion
@@ -131,7 +131,7 @@ def load_run(run: str, device: torch.device) -> Reconstruction:
     if args.random_weights:
         raise UserError(f"{run}: was started with --random-weights, so its φ cannot draw")
     checkpoint = Path(run, "checkpoint.pt")
-    if not checkpoint.exists():
+    if read_state(checkpoint) is None:
         raise UserError(f"{run}: has no checkpoint.pt yet; the run writes it at its first save")
     args.precision = "bf16" if device.type == "cuda" else "fp32"
     args.compile = args.grad_checkpointing = False
