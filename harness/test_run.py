@@ -409,7 +409,7 @@ def test_paths_in_the_repository_are_compared_relative_to_it(tmp_path, monkeypat
 
 def test_a_run_of_the_former_form_is_refused(tmp_path):
     (tmp_path / "checkpoint").mkdir()
-    with refused("an earlier version wrote this run; it cannot be resumed, remove the folder"):
+    with refused("an earlier version wrote this run; it cannot be resumed; remove it"):
         run(tmp_path)
 
 
