@@ -66,8 +66,9 @@ from condition import draw_patch_indices, visual_tokens
 from data import TrainingImages, image_rngs, micro_batch_keys, open_images, read_batches
 from evaluate_mmvp import pairs_right
 from extras.bench import NoRun
-from extras.reconstruct import read_square
+from extras.reconstruct import central_square
 from harness.mmvp import Pair, read_mmvp
+from harness.pictures import read_image
 from harness.recipes import TYPES
 from harness.scores import average, interval, type_names, type_scores
 from train import Draws, Stage, algorithm_1, build, build_optimizer, denoising_loss, draw_states
@@ -104,7 +105,7 @@ class Pairs:
         self.types = [pair.type for pair in pairs]
         latents, cls, local, texts, tokenizer = [], [], [], [], clip.tokenizer()
         for pair in tqdm(pairs, desc="encode", unit="pair", leave=False):
-            squares = [read_square(path, path.read_bytes(), size) for path in pair.images]
+            squares = [central_square(read_image(path), size) for path in pair.images]
             images = torch.stack(squares).to(device)  # (2, 3, S, S)
             latents.append(diffusion.encode(images))
             tokens = visual_tokens(clip.model.visual, clip.preprocess_batch(images))

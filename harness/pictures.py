@@ -49,10 +49,10 @@ def open_image(content: bytes) -> Image.Image:
         raise UnidentifiedImageError("unsupported image format") from None
 
 
-def read_image(path: str | os.PathLike) -> Image.Image:
-    """Reads an image file as `to_rgb` returns it. UserError: it is not a readable image."""
+def read_image(path: str | os.PathLike, content: bytes | None = None) -> Image.Image:
+    """Reads an image file, or its `content`, as `to_rgb` returns it. UserError: it is not a readable image."""
     try:
-        with open_image(Path(path).read_bytes()) as image:
+        with open_image(Path(path).read_bytes() if content is None else content) as image:
             return to_rgb(image)
     except Exception as error:
         raise UserError(f"{path}: not a readable image ({one_line(error)})") from None
