@@ -197,7 +197,7 @@ def test_processes_that_cannot_train_together_are_refused(monkeypatch, environme
 
 def test_one_process_trains_in_an_allocation_of_several_tasks(monkeypatch):
     monkeypatch.setenv("SLURM_NTASKS", "8")  # in the shell that salloc opens, before any srun
-    assert parse_args([]).steps == 900
+    assert parse_args([]).recipe == "miniature"
 
 
 @pytest.mark.parametrize("processes, most, expected", [(1, 32, 32), (2, 32, 16), (1, 7, 4), (4, 64, 8)])
