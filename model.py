@@ -54,6 +54,12 @@ class Clip:
         """The side of its images in pixels (224 for ViT-L-14)."""
         return self.model.visual.preprocess_cfg["size"][0]
 
+    @property
+    def pools_by_attention(self) -> bool:
+        """Whether it pools the local tokens by attention (SigLIP, PE-Core), so that they lie outside the joint space."""
+        visual = self.model.visual
+        return getattr(getattr(visual, "trunk", visual), "attn_pool", None) is not None
+
     @functools.cached_property
     def mean_std(self) -> torch.Tensor:
         """Its pixels' mean and standard deviation, (2, 3, 1, 1); cached, since copying them would make a GPU wait."""
@@ -155,7 +161,7 @@ def count_patches(visual: torch.nn.Module, name: str) -> int:
             return local.shape[1]
     except Exception:  # open_clip and timm raise many kinds
         pass
-    raise UserError(f"{name}: its vision tower gives no class token with a sequence of local tokens of the same width")
+    raise UserError(f"{name}: its vision tower has no class token with a sequence of local tokens of the same width")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -80,6 +80,12 @@ def write(path: Path, state: dict) -> Path:
     return path
 
 
+def change_config(file: Path, **values) -> None:
+    """Sets entries of a JSON file; None removes one."""
+    config = json.loads(file.read_text()) | values
+    file.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
 def equal(one: dict, other: dict) -> bool:
     return all(torch.equal(value, other[key]) for key, value in one.items())
 
@@ -297,17 +303,28 @@ def test_models_in_the_hubs_cache_load_offline(hub):
         assert torch.equal(one, other)
 
 
-def test_an_architecture_alone_takes_a_whole_clip(tmp_path, after):
+def test_an_architecture_alone_takes_a_whole_clip(tmp_path, capsys, after):
     config = json.loads((MINIATURE / "clip" / "open_clip_config.json").read_text())["model_cfg"]
     (tmp_path / "tiny-arch.json").write_text(json.dumps(config | dict(quick_gelu=True)))
     open_clip.add_model_config(tmp_path / "tiny-arch.json")
     read = model.load_clip(f"tiny-arch@{write(tmp_path / 'whole.pth', whole(after))}").model
     assert equal(read.state_dict(), after.state_dict())
     assert type(read.visual.transformer.resblocks[0].mlp.gelu).__name__ == "QuickGELU"
+    assumed = "assuming QuickGELU and open_clip's default preprocessing (mean (0.48145466, 0.4578275, 0.40821073), std"
+    assert f"tiny-arch@{tmp_path}/whole.pth: {assumed}" in capsys.readouterr().err
     random = model.load_clip("tiny-arch", random_weights=True)
     assert random.image_size == 64 and random.tokenizer_error.startswith("no tokenizer with --random-weights")
     with refused("tower.pth: holds only the vision tower; for a text tower, name ARCH:TAG"):
         model.load_clip(f"tiny-arch@{write(tmp_path / 'tower.pth', tower(after))}")
+
+
+def test_a_folder_without_preprocessing_is_named(tmp_path, capsys):
+    folder = Path(shutil.copytree(MINIATURE / "clip", tmp_path / "clip"))
+    change_config(folder / "open_clip_config.json", preprocess_cfg=None)
+    model.load_clip(f"{folder}")
+    said = capsys.readouterr().err
+    assert said.startswith(f"{folder}: assuming open_clip's default preprocessing (mean (0.48") and said.count("\n") == 1
+    assert "bicubic, shortest)" in said
 
 
 def test_names_with_an_at_sign(tmp_path, monkeypatch):
@@ -325,6 +342,8 @@ def test_names_with_an_at_sign(tmp_path, monkeypatch):
         assert split_weights(f"{home}/clip@{weights}") == (f"{home}/clip", weights)
     with refused("^typo.pth: no such weights"):
         locate_clip(f"{home}/clip@typo.pth")
+    with refused("^v1: no such weights; .* `hf download a/b --revision v1 --local-dir DIR`"):
+        locate_clip("hf-hub:a/b@v1")
     assert recipe_of("openai-vit-l-14-224") and not recipe_of("openai-vit-l-14-224@L@224.pth")  # other scores
 
 
@@ -446,12 +465,6 @@ def test_every_weight_of_the_diffusion_model_comes_from_its_files(phi, part):
     write(file, state).rename(file.with_stem("odd"))
     with refused(f"its {part} has no {file.name}; rename the right one of odd.safetensors to"):
         load_phi(phi)
-
-
-def change_config(file: Path, **values) -> None:
-    """Sets entries of a JSON file; None removes one."""
-    config = json.loads(file.read_text()) | values
-    file.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
 
 
 @pytest.mark.parametrize(
