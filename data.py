@@ -1,12 +1,11 @@
 """Training images, by step and position in the batch: Algorithm 1, line 1.
 
-The source is a folder of images, webdataset shards as img2dataset writes them (plain tar files), or `synthetic` noise;
-see harness/sources.py. Any image can be read on its own, so each epoch is a full shuffle, and a run resumes at the exact
-image.
+The source is a folder of images, shards in webdataset's format (uncompressed tar files, as img2dataset writes them), or
+`synthetic` noise; see harness/sources.py. Each image can be read on its own, so each epoch is a full shuffle, and a run
+resumes at the exact image.
 
-Everything random about an image is drawn by generators that are seeded with the run's seed, the step and the image's
-position in the global batch, and with nothing else. So the number of processes, the micro-batch, the reader threads and
-the device change no draw.
+All random draws for an image depend only on the run's seed, the step and the image's position in the global batch. The
+number of processes, the micro-batch size, the reader threads and the device do not change them.
 """
 
 import functools
@@ -17,17 +16,17 @@ from concurrent.futures import Future, wait
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from harness.errors import UserError, one_line
 from harness.pictures import open_image, to_rgb
 from harness.processes import copy_to_device
 from harness.sources import ImageFiles, Shards, find_sources
 
-ORDER, DRAWS, CROP = 0, 1, 2  # the streams of random numbers: the shuffle, Algorithm 1's draws, the crops
-SYNTHETIC = 1_000_000  # images in the set `synthetic`
-MAX_REPLACEMENTS = 30  # tried for one unreadable image before the run stops
-SMALLEST_CROP = 0.9  # of the area, and so of each side
+ORDER, DRAWS, CROP = 0, 1, 2  # random streams: the shuffle, Algorithm 1's draws, the crops
+SYNTHETIC = 1_000_000  # number of `synthetic` images
+MAX_REPLACEMENTS = 30  # for one unreadable image, before the run stops
+SMALLEST_CROP = 0.9  # of the area, hence of each side
 
 
 def image_rngs(seed: int, keys: list[tuple[int, int]]) -> list[np.random.Generator]:
@@ -36,11 +35,11 @@ def image_rngs(seed: int, keys: list[tuple[int, int]]) -> list[np.random.Generat
 
 
 class TrainingImages:
-    """The images of a run: `dataset[step, position]`, where `position` is the place in the global batch.
+    """The images of a run: `dataset[step, position]`, with the position in the global batch.
 
     Each item is a dict: `images` (3, size, size) uint8; `keys`, the (step, position); `unreadable`, the names of the
-    files that were skipped. Each epoch has its own full shuffle. An image that cannot be read is replaced by the next
-    one in shuffled order, so even a whole shard may be missing.
+    files that were skipped. Each epoch is shuffled anew. An image that cannot be read is skipped: the next one in
+    shuffled order replaces it, so even a whole shard may be missing.
 
     Raises:
         UserError: MAX_REPLACEMENTS replacements in a row could not be read either.
@@ -70,25 +69,24 @@ class TrainingImages:
                 image = decode_crop(self.files.read(i), self.size, rng)
                 return dict(images=image, keys=key, unreadable=unreadable)
             except Exception as error:  # Pillow raises almost any exception on a broken file
-                reason = "not an image" if isinstance(error, UnidentifiedImageError) else one_line(error)
-                unreadable.append(f"{self.files.name(i)} ({reason})")
+                unreadable.append(f"{self.files.name(i)} ({one_line(error)})")
         raise UserError(f"{len(unreadable)} images in a row could not be read: {'; '.join(unreadable[:3])}; …")
 
 
-@functools.lru_cache(maxsize=2)  # at the end of an epoch two are in use
+@functools.lru_cache(maxsize=2)  # two epochs are in use where one ends
 def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
     """The order of `count` images in an epoch, (count,)."""
     return np.random.default_rng((ORDER, seed, epoch)).permutation(count)
 
 
 def decode_crop(content: bytes, size: int, rng: np.random.Generator) -> torch.Tensor:
-    """A random resized crop of an encoded image: (3, size, size) uint8, bicubic, resized once.
+    """A random resized crop of an encoded image: (3, size, size) uint8, bicubic.
 
-    Raises whatever Pillow raises on bytes that are no image, or only a part of one.
+    Raises whatever Pillow raises on bytes that are not a complete image.
     """
     with open_image(content) as image:
         shrink = size / (SMALLEST_CROP * min(image.size))
-        if shrink < 1:  # JPEG can decode at a half, a quarter or an eighth of its size: choose one that holds the crop
+        if shrink < 1:  # a JPEG decodes faster at 1/2, 1/4 or 1/8 of its size: take the smallest that holds the crop
             image.draft(None, (int(np.ceil(image.width * shrink)), int(np.ceil(image.height * shrink))))
         image = to_rgb(image)
     width, height = image.size
@@ -99,9 +97,9 @@ def decode_crop(content: bytes, size: int, rng: np.random.Generator) -> torch.Te
 
 
 def random_crop_box(width: int, height: int, rng: np.random.Generator) -> tuple[float, float, float, float]:
-    """A crop of 0.9–1.0 of the area with an aspect ratio of 3/4–4/3: (left, top, right, bottom) as shares of the sides.
+    """A crop of 0.9–1.0 of the area with an aspect ratio of 3/4–4/3: (left, top, right, bottom) in [0, 1].
 
-    The usual random resized crop: ten tries for a box that fits, then the largest centered one of an allowed ratio.
+    As torchvision's RandomResizedCrop: ten tries for a box that fits, then the largest centered one in that range.
     """
     for area, log_ratio in zip(rng.uniform(SMALLEST_CROP, 1.0, 10), rng.uniform(np.log(3 / 4), np.log(4 / 3), 10)):
         w = np.sqrt(area * width * height * np.exp(log_ratio)) / width
@@ -114,12 +112,12 @@ def random_crop_box(width: int, height: int, rng: np.random.Generator) -> tuple[
 
 
 def open_images(source: Sequence[str], progress: bool = True) -> ImageFiles | Shards | None:
-    """Opens the images of `source`: one folder, or any number of shards, as paths, globs or lists; None for `synthetic`.
+    """Opens the images of `source`: one folder, or shards given as paths, globs or brace lists; None for `synthetic`.
 
-    With `progress`, a progress bar and the notes on skipped files go to stderr.
+    `progress` shows a progress bar, and what was skipped, on stderr.
 
     Raises:
-        UserError: a path does not exist, contains no image, or is not a plain tar file.
+        UserError: a path does not exist, contains no image, or is not an uncompressed tar file.
     """
     if list(source) == ["synthetic"]:
         return None
@@ -173,7 +171,7 @@ def read_batches(
 def collate(items: list[dict]) -> dict:
     """A micro-batch: `images` (B, 3, S, S) uint8, their `keys`, and the names of all unreadable files.
 
-    Stacked by NumPy, since torch would start threads of its own in every reader thread.
+    Stacked by NumPy: torch would start its own threads in each reader thread.
     """
     return dict(
         images=torch.from_numpy(np.stack([item["images"] for item in items])),

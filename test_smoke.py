@@ -4,16 +4,7 @@ The models are the miniature's and a small SigLIP with random weights, built at 
 the same code as real ones. harness/test_run.py tests fault tolerance, harness/test_input.py the error messages.
 """
 
-import os
-import tempfile
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here waits for a hub; the libraries read this when they are imported
-os.environ["OMP_NUM_THREADS"] = "1"  # the models are too small to share out
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same bits on every machine
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()  # for the indexes of the tests' shards
-
 import argparse
-import atexit
 import io
 import json
 import math
@@ -48,7 +39,6 @@ from harness.pretrained import quiet
 from harness.processes import process_group
 from harness.recipes import BASELINES, MINIATURE, RECIPES, TYPES, beyond_the_paper, locate_clip
 
-atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 CPU = torch.device("cpu")
 
 

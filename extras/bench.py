@@ -5,7 +5,14 @@
     python extras/bench.py --recipe openai-vit-l-14-224 --as-released      # adds the released code's work
 
 The step is train.py's own loop, on one device and without DDP, with random weights and synthetic images: one
-micro-batch and the optimizer's update. Nothing is downloaded. extras/README.md explains the figures.
+micro-batch and the optimizer's update, which a run with accumulation makes less often. Nothing is downloaded.
+
+The parts: "draws" are t, ε and the patches, made on the CPU and copied; "U-Net forward" includes z_t, "backward" the
+loss and the penalty of --ldifs, "optimizer" the clipping of the gradient. The device is waited for after each part, so
+on a GPU the parts add up to more than the step. A compiled step has no parts.
+Memory: the maximum allocated on the GPU during a step; without a GPU, the maximum of the process.
+Work: counted on torch's meta device, not measured; attention counts as two matrix products.
+The released step and the step take turns, and each pair gives one ratio, so a slower machine slows down both.
 """
 
 from __future__ import annotations
@@ -17,7 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from harness.errors import UserError, exit_on_user_error, usage_error
-from harness.options import parse_args
+from harness.options import count_processes, parse_args
 
 
 def read_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -35,8 +42,8 @@ def read_args(argv: list[str] | None = None) -> argparse.Namespace:
     if own.times < 1:
         raise UserError("--times: must be at least 1")
     args = parse_args([*options, "--random-weights", "--data", "synthetic", "--projection", "random"])
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("bench.py measures one process: start it with python, not with torchrun")
+    if count_processes() > 1:
+        raise UserError("measures one process: start it with python, not with torchrun")
     args.batch_size = args.micro_batch
     return argparse.Namespace(**vars(args) | vars(own))
 

@@ -21,13 +21,12 @@ Both are measured at the start of the linear layer (--projection random or fitte
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from harness.errors import UserError, exit_on_user_error, usage_error
-from harness.options import parse_args
+from harness.options import count_processes, parse_args
 
 
 def read_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -44,8 +43,8 @@ def read_args(argv: list[str] | None = None) -> argparse.Namespace:
     if min(own.draws, own.pairs) < 1 or own.moves < 0:
         raise UserError("--draws and --pairs must be at least 1, --moves at least 0")
     args = parse_args([*options, "--steps", "1000000000"])  # --projection-steps must not exceed it
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("feedback.py is one process: start it with python, not with torchrun")
+    if count_processes() > 1:
+        raise UserError("runs as one process: start it with python, not with torchrun")
     if not args.mmvp:
         raise UserError("--mmvp is needed: the hub's MMVP/MMVP_VLM, or a folder in its layout")
     if args.data == ["synthetic"] and args.projection_steps:
@@ -67,8 +66,9 @@ from condition import draw_patch_indices, visual_tokens
 from data import TrainingImages, image_rngs, micro_batch_keys, open_images, read_batches
 from evaluate_mmvp import pairs_right
 from extras.bench import NoRun
-from extras.reconstruct import read_square
+from extras.reconstruct import central_square
 from harness.mmvp import Pair, read_mmvp
+from harness.pictures import read_image
 from harness.recipes import TYPES
 from harness.scores import average, interval, type_names, type_scores
 from train import Draws, Stage, algorithm_1, build, build_optimizer, denoising_loss, draw_states
@@ -105,7 +105,7 @@ class Pairs:
         self.types = [pair.type for pair in pairs]
         latents, cls, local, texts, tokenizer = [], [], [], [], clip.tokenizer()
         for pair in tqdm(pairs, desc="encode", unit="pair", leave=False):
-            squares = [read_square(path, path.read_bytes(), size) for path in pair.images]
+            squares = [central_square(read_image(path), size) for path in pair.images]
             images = torch.stack(squares).to(device)  # (2, 3, S, S)
             latents.append(diffusion.encode(images))
             tokens = visual_tokens(clip.model.visual, clip.preprocess_batch(images))

@@ -7,8 +7,8 @@ Below each image are the pictures that φ draws from the condition of the untouc
 is the same for both: the initial noise, the patches of the recap, and the linear layer, which is the one at the run's
 end. DDIM adds no noise, so the pictures differ only by what CLIP says.
 
-The images are not chosen by hand: by default they are the first images of every n-th pair of the run's benchmark, in
-its order, where n is the number of pairs divided by --count; so they are spread evenly over the types. A run without a
+The images are not chosen by hand. By default they are the first image of every n-th pair of the run's benchmark, in its
+order, where n is the number of pairs divided by --count, so they are spread evenly over the types. A run without a
 benchmark shows the first images of its data.
 """
 
@@ -59,9 +59,9 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from condition import VisualCondition, draw_patch_indices
 from data import open_images
-from harness.checkpoint import load_checkpoint
+from harness.checkpoint import load_checkpoint, read_state
 from harness.mmvp import read_mmvp
-from harness.pictures import open_image, to_rgb
+from harness.pictures import read_image
 from model import Diffusion
 from train import build
 
@@ -92,9 +92,8 @@ class Reconstruction:
 
     def noise(self, count: int, seed: int) -> torch.Tensor:
         """The initial noise of each picture, (count, 4, h, w) fp32; independent of `count`."""
-        unet = self.diffusion.unet.config
-        side = self.image_size * unet.sample_size // self.diffusion.image_size
-        shape = (unet.in_channels, side, side)
+        side = self.image_size // self.diffusion.downsampling
+        shape = (self.diffusion.unet.config.in_channels, side, side)
         drawn = [np.random.default_rng((seed, 1, i)).standard_normal(shape, dtype=np.float32) for i in range(count)]
         return torch.from_numpy(np.stack(drawn)).to(self.diffusion.text_embedding.device)
 
@@ -118,7 +117,8 @@ class Reconstruction:
         self.diffusion.vae.enable_slicing()  # decodes one picture at a time
         return pipeline(
             prompt_embeds=condition.to(dtype), negative_prompt_embeds=text.expand_as(condition).to(dtype),
-            latents=noise.to(dtype), num_inference_steps=steps, guidance_scale=guidance, output_type="pt",
+            latents=noise.to(dtype), height=self.image_size, width=self.image_size,
+            num_inference_steps=steps, guidance_scale=guidance, output_type="pt",
         ).images.float()  # fmt: skip
 
 
@@ -131,7 +131,7 @@ def load_run(run: str, device: torch.device) -> Reconstruction:
     if args.random_weights:
         raise UserError(f"{run}: was started with --random-weights, so its φ cannot draw")
     checkpoint = Path(run, "checkpoint.pt")
-    if not checkpoint.exists():
+    if read_state(checkpoint) is None:
         raise UserError(f"{run}: has no checkpoint.pt yet; the run writes it at its first save")
     args.precision = "bf16" if device.type == "cuda" else "fp32"
     args.compile = args.grad_checkpointing = False
@@ -152,22 +152,18 @@ def read_images(args: argparse.Namespace, chosen: list[str] | None, count: int, 
         paths = [pair.images[0] for pair in read_mmvp(args.mmvp)]
         chosen = paths[:: max(1, len(paths) // count)]
     if chosen and not Path(chosen[0]).is_dir():
-        files = [(path, Path(path).read_bytes()) for path in chosen[:count]]
+        images = [read_image(path) for path in chosen[:count]]
     else:
         source = open_images(chosen or args.data)
         if source is None:
             raise UserError("the run's --data is synthetic; name images with --images")
-        files = [(source.name(i), source.read(i)) for i in range(min(count, len(source)))]
-    return torch.stack([read_square(name, content, size) for name, content in files])
+        images = [read_image(source.name(i), source.read(i)) for i in range(min(count, len(source)))]
+    return torch.stack([central_square(image, size) for image in images])
 
 
-def read_square(name: str | Path, content: bytes, size: int) -> torch.Tensor:
-    """The central square of an encoded image, (3, size, size) in [0, 1], bicubic. UserError: it cannot be read."""
-    try:
-        with open_image(content) as image:
-            square = ImageOps.fit(to_rgb(image), (size, size), Image.Resampling.BICUBIC)
-    except Exception as error:  # Pillow raises almost any exception on a broken file
-        raise UserError(f"{name}: not a readable image ({one_line(error)})") from None
+def central_square(image: Image.Image, size: int) -> torch.Tensor:
+    """The central square of an RGB image, (3, size, size) in [0, 1], bicubic."""
+    square = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(square)).permute(2, 0, 1) / 255
 
 

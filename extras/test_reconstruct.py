@@ -31,7 +31,8 @@ def write_run(out: Path, *options: str, tower: float = 1) -> nn.ModuleDict:
     trained = nn.ModuleDict(dict(visual=load_clip("miniature").model.visual, projection=nn.Linear(128, 128)))
     for parameter in trained.visual.parameters():
         parameter.mul_(tower)
-    save_checkpoint(out / "checkpoint.pt", trained, torch.optim.SGD(trained.parameters()), {})
+    state = dict(step=1, unreadable=0, images="", settings={}, code=[{}])
+    save_checkpoint(out / "checkpoint.pt", trained, torch.optim.SGD(trained.parameters()), state)
     return trained
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from extras import zero_shot
 from harness.errors import UserError
 from harness.scores import interval, mcnemar
-from miniature import make
+from miniature import world
 from model import load_clip
 
 TEMPLATES = ["a photo of the {}", "the near {} on white"]
@@ -21,10 +21,10 @@ TEMPLATES = ["a photo of the {}", "the near {} on white"]
 def folder(tmp_path_factory) -> str:
     """Forty drawn pictures, by class; `fire_tree` in the place of `tree`."""
     out, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(45)
-    for i, scene in enumerate(make.random_scenes(40, 45)):
-        name = make.CLASSES[scene[0]].replace("tree", "fire_tree")
+    for i, scene in enumerate(world.random_scenes(40, 45)):
+        name = world.CLASSES[scene[0]].replace("tree", "fire_tree")
         (out / name).mkdir(exist_ok=True)
-        make.draw(scene, rng).save(out / name / f"{i}.png")
+        world.draw(scene, rng).save(out / name / f"{i}.png")
     return str(out)
 
 

@@ -73,5 +73,6 @@ def exit_on_user_error(command: str, less_memory: str = "close other programs"):
             sentence, code, first = "another process has died; see its error", 1, False
         if not first:
             time.sleep(3)  # so that rank 0, or the process that failed, prints its error before torchrun stops it
-        print(f"{command}: {sentence}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # the terminal is gone
+            print(f"{command}: {sentence}", file=sys.stderr, flush=True)
         sys.exit(code)

@@ -1,16 +1,18 @@
-"""The files of MMVP-VLM, and of any benchmark in its layout."""
+"""Reads MMVP-VLM, or another benchmark in its layout."""
 
 import csv
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from huggingface_hub import snapshot_download
 
 from harness.errors import UserError, one_line
 
 IMAGE_FOLDERS = ("MLLM_VLM Images", "MLLM_VLM_Images", "MMVP_VLM_Images")
+HEADER = ["Question ID", "Type", "Statement"]
 
 
 @dataclass(frozen=True)
@@ -23,66 +25,82 @@ class Pair:
     images: tuple[Path, Path]
 
 
-def read_mmvp(source: str) -> list[Pair]:
-    """Reads a benchmark in MMVP-VLM's layout, from a folder or the hub's data set `source`.
+class Row(NamedTuple):
+    """A row of the CSV; `place` is its file and number, for error messages."""
 
-    The layout: Questions.csv with the header `Question ID,Type,Statement`, two rows a pair, and the images of both at
-    `MLLM_VLM Images/<Type>/<Question ID>.jpg`. Types and pairs are whatever the CSV holds.
+    place: str
+    id: str
+    type: str
+    statement: str
+
+
+def read_mmvp(source: str) -> list[Pair]:
+    """Reads a benchmark from the folder `source`, or from the data set `source` on the hub.
+
+    The layout is MMVP-VLM's: Questions.csv with the header `Question ID,Type,Statement` and two rows per pair (an odd
+    id and the next one), images at `MLLM_VLM Images/<Type>/<Question ID>.jpg`. Types and their sizes are free.
 
     Raises:
-        UserError: anything that does not fit, with file and row.
+        UserError: a file is missing or does not fit the layout. Gives the file and the row.
     """
     folder = find_mmvp(source)
-    questions = folder / "Questions.csv"
-    root = next((folder / name for name in IMAGE_FOLDERS if (folder / name).is_dir()), None)
-    if root is None:
+    image_folder = next((folder / name for name in IMAGE_FOLDERS if (folder / name).is_dir()), None)
+    if image_folder is None:
         raise UserError(f"{folder}: no image folder ({', '.join(IMAGE_FOLDERS)})")
-    try:
-        with open(questions, newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file, strict=True)
-            rows = [(reader.line_num, *(cell.strip() for cell in row)) for row in reader if row]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{questions}: cannot be read ({one_line(error)})") from None
-
-    def refuse_if(wrong, number: int, why: str) -> None:
-        if wrong:
-            raise UserError(f"{questions}, row {number}: {why}")
-
-    header = rows[0][1:] if rows else ()
-    refuse_if(header != ("Question ID", "Type", "Statement"), 1, "the header must be Question ID,Type,Statement")
-    for number, *row in rows[1:]:
-        refuse_if(len(row) != 3 or not all(row), number, "needs an id, a type and a statement")
-        refuse_if(not re.fullmatch("[0-9]{1,18}", row[0]), number, f"the id {row[0][:20]!r} is not a number")
-    refuse_if(len(rows) < 3 or len(rows) % 2 == 0, rows[-1][0], "rows come in pairs, and this one has no partner")
-    pairs, seen = [], set()
-    for (number, id1, type1, statement1), (number2, id2, type2, statement2) in zip(rows[1::2], rows[2::2]):
-        odd_and_new = int(id1) % 2 == 1 and int(id1) not in seen
-        refuse_if(not odd_and_new, number, f"a pair begins with an odd id of its own, and this is {id1}")
-        seen.add(int(id1))
-        refuse_if(int(id2) != int(id1) + 1, number2, f"id {id2} does not follow its partner's, {id1}")
-        refuse_if(type1 != type2, number2, f"type {type2!r} differs from its partner's, {type1!r}")
-        place = type_folder(root, type1)
-        refuse_if(place is None, number, f"type {type1[:50]!r} has no folder in {root}")
-        images = (place / f"{id1}.jpg", place / f"{id2}.jpg")
-        for image, row in zip(images, (number, number2)):
-            refuse_if(not image.is_file(), row, f"no such image: {image}")
-        pairs.append(Pair((id1, id2), type1.replace("_", " "), (statement1, statement2), images))
-    return pairs
+    rows, pairs = read_questions(folder / "Questions.csv"), {}
+    for first, second in zip(rows[::2], rows[1::2]):
+        if int(first.id) in pairs:
+            raise UserError(f"{first.place}: the id {first.id} is already in use")
+        pairs[int(first.id)] = read_pair(first, second, image_folder)
+    return list(pairs.values())
 
 
 def find_mmvp(source: str) -> Path:
-    """The folder of a benchmark: `source`, or that of the hub's data set `source`, fetched if need be."""
+    """The folder of a benchmark, downloaded from the hub if necessary."""
     if os.path.isdir(source):
         return Path(source)
     if source.count("/") != 1 or source.startswith((".", "/")):
-        raise UserError(f"{source}: no such folder; --mmvp takes a folder or the hub's data set MMVP/MMVP_VLM")
+        raise UserError(f"{source}: no such folder; --mmvp takes a folder or a data set on the hub, MMVP/MMVP_VLM")
     try:
         return Path(snapshot_download(source, repo_type="dataset"))
     except Exception as error:  # the hub's client raises many kinds
         raise UserError(f"data set {source} could not be fetched from the hub: {one_line(error)}") from error
 
 
-def type_folder(root: Path, name: str) -> Path | None:
-    """The folder of a type's images, with spaces or underscores; None if there is none in `root` itself."""
-    names = (name, name.replace(" ", "_"), name.replace("_", " "))
-    return next((path for path in root.iterdir() if path.name in names and path.is_dir()), None)
+def read_questions(path: Path) -> list[Row]:
+    """The rows of Questions.csv below its header, an even number of them. Each is checked on its own."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file, strict=True)
+            lines = [(f"{path}, row {reader.line_num}", [cell.strip() for cell in line]) for line in reader if line]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: cannot be read ({one_line(error)})") from None
+    if not lines or lines[0][1] != HEADER:
+        raise UserError(f"{path}, row 1: the header must be {','.join(HEADER)}")
+    for place, cells in lines[1:]:
+        if len(cells) != 3 or not all(cells):
+            raise UserError(f"{place}: needs an id, a type and a statement")
+        if not re.fullmatch("[0-9]{1,18}", cells[0]):
+            raise UserError(f"{place}: the id {cells[0][:20]!r} is not a number")
+    if len(lines) < 3 or len(lines) % 2 == 0:
+        raise UserError(f"{lines[-1][0]}: rows come in pairs, but this one has no partner")
+    return [Row(place, *cells) for place, cells in lines[1:]]
+
+
+def read_pair(first: Row, second: Row, image_folder: Path) -> Pair:
+    """Checks that two rows are a pair with both images. Both images are in the folder of their type."""
+    if int(first.id) % 2 == 0:
+        raise UserError(f"{first.place}: a pair begins with an odd id, not with {first.id}")
+    if int(second.id) != int(first.id) + 1:
+        raise UserError(f"{second.place}: id {second.id} does not follow its partner's, {first.id}")
+    if first.type != second.type:
+        raise UserError(f"{second.place}: type {second.type!r} differs from its partner's, {first.type!r}")
+    names = (first.type, first.type.replace(" ", "_"), first.type.replace("_", " "))
+    folder = next((path for path in image_folder.iterdir() if path.name in names and path.is_dir()), None)
+    if folder is None:
+        raise UserError(f"{first.place}: type {first.type[:50]!r} has no folder in {image_folder}")
+    images = (folder / f"{first.id}.jpg", folder / f"{second.id}.jpg")
+    for row, image in zip((first, second), images):
+        if not image.is_file():
+            raise UserError(f"{row.place}: no such image: {image}")
+    return Pair((first.id, second.id), first.type.replace("_", " "), (first.statement, second.statement), images)

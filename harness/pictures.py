@@ -1,4 +1,4 @@
-"""One way to read an image file, for training, scoring and every command."""
+"""How every command reads an image file."""
 
 import contextlib
 import io
@@ -6,44 +6,71 @@ import os
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from harness.errors import UserError, one_line
 
-# Raster formats that Pillow decodes itself. Without this list, Pillow goes by a file's bytes whatever its name, and
-# hands PostScript to Ghostscript, which executes it.
-FORMATS = (
-    "AVIF", "BMP", "DDS", "DIB", "GIF", "ICNS", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "PSD", "QOI",
-    "SGI", "TGA", "TIFF", "WEBP", "XBM", "XPM",
-)  # fmt: skip
+# Raster formats that Pillow decodes itself, and their suffixes. Without such a list, Pillow trusts a file's bytes
+# whatever its name, and runs Ghostscript on PostScript.
+FORMATS = {
+    "AVIF": [".avif", ".avifs"],
+    "BMP": [".bmp"],
+    "DDS": [".dds"],
+    "DIB": [".dib"],
+    "GIF": [".gif"],
+    "ICNS": [".icns"],
+    "ICO": [".ico"],
+    "JPEG": [".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"],
+    "JPEG2000": [".jp2", ".j2c", ".j2k", ".jpc", ".jpf", ".jpx"],
+    "PCX": [".pcx"],
+    "PNG": [".png", ".apng"],
+    "PPM": [".ppm", ".pgm", ".pbm", ".pnm", ".pfm"],
+    "PSD": [".psd"],
+    "QOI": [".qoi"],
+    "SGI": [".sgi"],
+    "TIFF": [".tif", ".tiff"],
+    "WEBP": [".webp"],
+    "XBM": [".xbm"],
+    "XPM": [".xpm"],
+    "TGA": [".tga"],  # last: it has no magic number
+}
+IMAGE_SUFFIXES = {"", *sum(FORMATS.values(), [])}  # "": web datasets often have images without a suffix
 
 
 def open_image(content: bytes) -> Image.Image:
-    """An encoded image, not decoded yet. Raises whatever Pillow raises on bytes that are no image of FORMATS."""
-    return Image.open(io.BytesIO(content), formats=FORMATS)
+    """Opens an encoded image without decoding it.
 
-
-def read_image(path: str | os.PathLike) -> Image.Image:
-    """An image file in RGB. UserError: it is not a readable image."""
+    Raises:
+        UnidentifiedImageError: not in one of FORMATS. A broken file may raise almost any exception.
+    """
     try:
-        with open_image(Path(path).read_bytes()) as image:
+        return Image.open(io.BytesIO(content), formats=list(FORMATS))
+    except UnidentifiedImageError:
+        raise UnidentifiedImageError("unsupported image format") from None
+
+
+def read_image(path: str | os.PathLike, content: bytes | None = None) -> Image.Image:
+    """Reads an image file, or its `content`, as `to_rgb` returns it. UserError: it is not a readable image."""
+    try:
+        with open_image(Path(path).read_bytes() if content is None else content) as image:
             return to_rgb(image)
-    except Exception as error:  # Pillow raises almost any exception on a broken file
+    except Exception as error:
         raise UserError(f"{path}: not a readable image ({one_line(error)})") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The picture as a viewer shows it, in RGB: upright by its EXIF data, transparency over white, 16 bits scaled to 8.
+    """Converts an image to 8-bit RGB as a viewer shows it: rotated by its EXIF orientation, transparency over white.
 
     Raises:
-        ValueError: an image of 32-bit numbers, whose white is not defined.
+        ValueError: 32-bit gray, which has no defined white level.
     """
-    with contextlib.suppress(Exception):  # broken EXIF data costs no image; broken pixels raise again below
+    image.load()  # raises on broken pixels; a second load of a JPEG 2000 file would not
+    with contextlib.suppress(Exception):  # broken EXIF is ignored
         ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I;16"):  # 16-bit grey, which Pillow's own conversion clips at 255
+    if image.mode.startswith("I;16"):  # Pillow would clip 16-bit gray at 255
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
-        raise ValueError(f"mode {image.mode} does not define white")
+        raise ValueError(f"32-bit gray (mode {image.mode}) has no defined white level")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

@@ -1,7 +1,7 @@
-"""What scores are worth: their intervals, the paired change between two CLIPs, its p-value, and the verdict in words.
+"""Scores with their intervals, and the paired change between two CLIPs with its p-value and a verdict in words.
 
-`rights` are a CLIP's outcomes: for each embedding of the image, which pairs it has right, (pairs,) bool. `types` are
-the pairs' types. All scores are in percent, all changes in points.
+`Rights` are a CLIP's outcomes: for each embedding of the image, which pairs are right, (pairs,) bool. `types` are the
+pairs' types. Scores are in percent, changes in points.
 """
 
 from __future__ import annotations
@@ -16,40 +16,54 @@ Rights = dict[str, np.ndarray]
 
 
 def type_names(types: list[str]) -> list[str]:
-    """The types that occur, the paper's nine first and in its order, then others as they come."""
+    """The types in use: the paper's nine in its order, then others in order of appearance."""
     return [t for t in TYPES if t in types] + [t for t in dict.fromkeys(types) if t not in TYPES]
 
 
 def type_scores(values: np.ndarray, types: list[str]) -> dict[str, float]:
-    """The mean of a value per pair within each type, in percent."""
+    """The mean of `values` (pairs,) within each type, in percent."""
     return {name: 100 * float(values[np.array(types) == name].mean()) for name in type_names(types)}
 
 
 def average(values: np.ndarray, types: list[str]) -> float:
-    """The benchmark's figure: the mean of the types' scores, in percent."""
+    """The benchmark's score: the mean over types, in percent."""
     return float(np.mean(list(type_scores(values, types).values())))
 
 
-def interval(values: np.ndarray, types: list[str]) -> tuple[float, float]:
-    """The 95% interval of `average`: a seeded bootstrap over pairs, drawn within each type; in percentage points.
+def bootstrap_means(outcomes: np.ndarray, rng: np.random.Generator, draws: int = 10_000) -> np.ndarray:
+    """Means of `outcomes` (n, ...) over n of them drawn with replacement, `draws` times: (draws, ...).
 
-    `values` is one number a pair: right or wrong, or the change between two CLIPs (-1, 0 or 1).
+    Draws how often each distinct outcome occurs, so memory grows with their number and not with n.
     """
-    rng = np.random.default_rng(0)
-    groups = [values[np.array(types) == name].astype(float) for name in type_names(types)]
-    means = [rng.choice(group, (10_000, len(group))).mean(1) for group in groups]
-    low, high = np.percentile(100 * np.mean(means, axis=0), [2.5, 97.5]).round(6) + 0.0  # no -0.0
+    distinct, counts = np.unique(outcomes, axis=0, return_counts=True)
+    times = rng.multinomial(len(outcomes), counts / len(outcomes), draws)  # (draws, distinct)
+    return np.tensordot(times / len(outcomes), distinct, 1)
+
+
+def percentile_interval(samples: np.ndarray) -> tuple[float, float]:
+    """The middle 95% of bootstrap samples (draws,): their 2.5th and 97.5th percentile."""
+    low, high = np.percentile(samples, [2.5, 97.5]).round(6) + 0.0  # no -0.0
     return float(low), float(high)
 
 
+def interval(values: np.ndarray, types: list[str]) -> tuple[float, float]:
+    """The 95% interval of `average`, by a seeded bootstrap over the pairs of each type; in points.
+
+    `values` has one number per pair: right or wrong, or the change between two CLIPs (-1, 0 or 1).
+    """
+    rng = np.random.default_rng(0)
+    means = [bootstrap_means(values[np.array(types) == name], rng) for name in type_names(types)]
+    return percentile_interval(100 * np.mean(means, axis=0))
+
+
 def mcnemar(won: int, lost: int) -> float:
-    """The exact two-sided McNemar p-value: `won` pairs against `lost` ones, were each as likely as the other."""
+    """The exact two-sided p-value of McNemar's test, for `won` and `lost` pairs."""
     n, k = won + lost, min(won, lost)
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
 
 
 def scores(rights: Rights, types: list[str]) -> dict[str, dict]:
-    """A CLIP's scores for each embedding: the average, its interval (low, high), and the types'."""
+    """A CLIP's scores for each embedding: `average`, its interval `low` and `high`, and the scores of `types`."""
     rows = {}
     for embedding, right in rights.items():
         low, high = interval(right, types)
@@ -58,7 +72,7 @@ def scores(rights: Rights, types: list[str]) -> dict[str, dict]:
 
 
 def paired_change(before: Rights, after: Rights, types: list[str]) -> list[dict]:
-    """The paired change between two CLIPs for each embedding: points, their 95% interval, pairs won and lost, p."""
+    """The paired change between two CLIPs for each embedding: points, 95% interval, pairs won and lost, p-value."""
     changes = []
     for embedding, old in before.items():
         new = after[embedding]
@@ -71,9 +85,9 @@ def paired_change(before: Rights, after: Rights, types: list[str]) -> list[dict]
 
 
 def table(clips: list[Rights], recipes: list[str | None], types: list[str]) -> str:
-    """The scores as text: types as rows; a column for each CLIP and embedding, and for the paper's figures where known.
+    """The scores as text: a row for each type, a column for each CLIP and embedding.
 
-    `recipes` are for each CLIP the recipe that it is, if it is one: its published scores get a column.
+    `recipes` holds each CLIP's recipe, or None. The paper's scores for a recipe get a column of their own.
     """
     columns = [["", *type_names(types), "average", "95% interval"]]
     for k, (rights, recipe) in enumerate(zip(clips, recipes), start=1):
@@ -84,7 +98,7 @@ def table(clips: list[Rights], recipes: list[str | None], types: list[str]) -> s
             figures = [f"{value:.1f}" for value in [*BASELINES[recipe], RECIPES[recipe].published[0]]]
             columns.append([f"{k} paper", *figures, ""])
     blocks = []
-    for start in range(1, len(columns), 6):  # as many as fit a terminal
+    for start in range(1, len(columns), 6):  # six fit in a terminal
         shown = [columns[0], *columns[start : start + 6]]
         widths = [max(len(cell) for cell in column) for column in shown]
         lines = []
@@ -97,25 +111,19 @@ def table(clips: list[Rights], recipes: list[str | None], types: list[str]) -> s
 
 
 def draws_in_words(averages: list[float]) -> str:
-    """What a random reading gives over its draws, and what one finds who keeps the best of k of them."""
-    n, ordered = len(averages), np.sort(averages)
-    if n == 1:
+    """The average of a reading, and its spread if the reading draws patches at random."""
+    if len(averages) == 1:
         return f"{averages[0]:.1f}"
-    best = []
-    for k in (2, 5, 10, 100):
-        chances = (np.arange(1, n + 1) / n) ** k - (np.arange(n) / n) ** k  # that the best of k is the i-th
-        best.append(f"{k}: {chances @ ordered:.1f}")
-    return (
-        f"mean of {n} draws {ordered.mean():.1f} (standard deviation {ordered.std(ddof=1):.1f}, from {ordered[0]:.1f} "
-        f"to {ordered[-1]:.1f}); the best of k draws comes to {', '.join(best)} on the average"
-    )
+    mean, deviation = np.mean(averages), np.std(averages, ddof=1)
+    spread = f"standard deviation {deviation:.1f}, from {min(averages):.1f} to {max(averages):.1f}"
+    return f"mean of {len(averages)} draws {mean:.1f} ({spread})"
 
 
 def verdict(change: dict, pairs: int) -> str:
-    """What `paired_change` found for an embedding, on this many pairs, as a sentence: what it is, how much, how sure.
+    """An item of `paired_change`, measured on `pairs` pairs, as a sentence.
 
-    A gain or a loss needs an interval that leaves out zero and p < 0.05. Without them, the sentence says the smallest
-    change that would show: the outcome is inconclusive if the interval still holds it, and no effect is seen if not.
+    A gain or a loss needs p < 0.05 and an interval without zero. Otherwise the sentence gives the smallest visible
+    change: the result is inconclusive if the interval includes it, and no effect is seen if not.
     """
     visible = smallest_visible(change["won"] + change["lost"], pairs)
     would_show = f"; with {pairs} pairs, only a change of about {visible:.1f} points or more would show"
@@ -133,7 +141,7 @@ def verdict(change: dict, pairs: int) -> str:
 
 
 def smallest_visible(changed: int, pairs: int) -> float:
-    """The smallest change, in points, that p < 0.05 shows if `changed` of the pairs change."""
-    changed = max(changed, 6)  # five pairs are too few: 5 won and 0 lost have p = 0.06
+    """The smallest change, in points, with p < 0.05 if `changed` of the pairs change."""
+    changed = max(changed, 6)  # five are too few: 5 won and 0 lost have p = 0.06
     lost = next(n for n in range(changed // 2, -1, -1) if mcnemar(changed - n, n) < 0.05)
     return 100 * (changed - 2 * lost) / pairs

@@ -1,4 +1,4 @@
-"""Where images lie: a folder of them, or tar shards. Any image can be read at any time, and nothing is unpacked."""
+"""Finds images in a folder or in tar shards. Each image can be read on its own; shards are not unpacked."""
 
 import contextlib
 import glob
@@ -14,27 +14,20 @@ import numpy as np
 from tqdm import tqdm
 
 from harness.errors import UserError, one_line
-
-IMAGE_SUFFIXES = {  # Pillow reads them by itself; "": dumps of the web have images without a suffix
-    "", ".apng", ".avif", ".avifs", ".bmp", ".dds", ".dib", ".gif", ".icns", ".ico", ".j2c", ".j2k", ".jfif", ".jp2",
-    ".jpc", ".jpe", ".jpeg", ".jpf", ".jpg", ".jpx", ".mpo", ".pbm", ".pcx", ".pfm", ".pgm", ".png", ".pnm", ".ppm",
-    ".psd", ".qoi", ".sgi", ".tga", ".tif", ".tiff", ".webp", ".xbm", ".xpm",
-}  # fmt: skip
-
-
-def is_image(name: str) -> bool:
-    """By its suffix; hidden files (such as macOS's `._a.jpg`) do not count."""
-    name = os.path.basename(name)
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")
+from harness.files import atomic_path
+from harness.pictures import IMAGE_SUFFIXES
 
 
 def find_sources(source: Sequence[str], progress: bool = True) -> "ImageFiles | Shards":
-    """One folder of images, or shards given as paths, globs or lists in braces.
+    """Opens one folder of images, or shards given as paths, globs or brace lists.
+
+    If any name contains ".tar", files whose names do not are skipped: img2dataset writes a .json and a .parquet next
+    to each shard.
 
     Raises:
-        UserError: a path does not exist, contains no image, or is not a plain tar file.
+        UserError: a path does not exist, contains no image, or is not an uncompressed tar file.
     """
-    paths = [path for name in source for path in named_paths(name)]
+    paths = [path for name in source for path in expand_paths(name)]
     missing = [path for path in paths if not os.path.isfile(path) and not os.path.isdir(path)]
     if missing:
         names = ", ".join(missing[:20]) + (f" and {len(missing) - 20:,} more" if len(missing) > 20 else "")
@@ -42,24 +35,44 @@ def find_sources(source: Sequence[str], progress: bool = True) -> "ImageFiles | 
     folders = [path for path in paths if os.path.isdir(path)]
     if folders and len(paths) > 1:
         raise UserError(f"{folders[0]}: a folder among shards; --data takes one folder of images, or only shards")
-    return ImageFiles(paths[0]) if folders else Shards(paths, progress)
+    if folders:
+        return ImageFiles(paths[0])
+    shards = Shards([path for path in paths if ".tar" in os.path.basename(path)] or paths, progress)
+    if skipped := Counter(suffix(path) for path in set(paths) - set(shards.shards)):
+        shards.notes.append(f"skipped {in_words(skipped, 'files that are not named .tar')}")
+    return shards
 
 
-def named_paths(name: str) -> Iterator[str]:
-    """The paths that `name` means: one path, a glob, or a list in braces as shells and webdataset write it.
+def expand_paths(name: str) -> Iterator[str]:
+    """Expands a glob, or a brace list as in shells and webdataset: `{000..331}.tar`, `{a,b}.tar`.
 
-    `{000..331}.tar` → 000.tar … 331.tar; `{a,b}.tar` → a.tar, b.tar.
+    Brackets and braces in the name of an existing file or folder are taken literally.
     """
-    braces = re.search(r"\{(\d{1,6})\.\.(\d{1,6})\}|\{([^{}]*,[^{}]*)\}", name)
-    if os.path.exists(name):
+    folder, pattern = name, ""
+    while folder and not os.path.exists(folder):
+        folder, last = os.path.split(folder)
+        pattern = os.path.join(last, pattern) if pattern else last
+    braces = re.search(r"\{(\d{1,6})\.\.(\d{1,6})\}|\{([^{}]*,[^{}]*)\}", pattern)
+    if not pattern:
         yield name
     elif braces:
         first, last, words = braces.groups()
         parts = words.split(",") if words else [f"{i:0{len(first)}}" for i in range(int(first), int(last) + 1)]
         for part in parts:
-            yield from named_paths(name[: braces.start()] + part + name[braces.end() :])
+            yield from expand_paths(os.path.join(folder, pattern[: braces.start()] + part + pattern[braces.end() :]))
     else:
-        yield from sorted(glob.glob(name)) or [name]
+        found = sorted(glob.glob(pattern, root_dir=folder or None))
+        yield from [os.path.join(folder, path) for path in found] or [name]
+
+
+def suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+def in_words(skipped: Counter, what: str) -> str:
+    """For example "3 files (.txt: 2, .json: 1)"."""
+    kinds = ", ".join(f"{kind}: {number:,}" for kind, number in skipped.most_common(10))
+    return f"{skipped.total():,} {what} ({kinds})"
 
 
 def short_hash(*parts: bytes) -> str:
@@ -67,37 +80,47 @@ def short_hash(*parts: bytes) -> str:
 
 
 class ImageFiles:
-    """The images below a folder, sorted by path. `len(files)`, `files.read(i)` → bytes, `files.name(i)` → str.
+    """The images below a folder, sorted by path: `len(files)`, `files.read(i)` → bytes, `files.name(i)` → str.
 
-    Links to folders are followed, to each real folder once. `notes` are sentences on what was passed over.
+    Links to folders are followed, but no folder is searched twice. `notes` report what is skipped: folders that cannot
+    be read, files without an image's suffix, dangling links, and everything hidden, since .ipynb_checkpoints and .git
+    hold copies of images.
     """
 
     def __init__(self, folder: str):
         self.folder, self.notes = folder, []
-        paths, left_out, seen = [], Counter(), set()
-        for place, folders, names in os.walk(folder, onerror=self.pass_over, followlinks=True):
-            real = os.path.realpath(place)
-            if real in seen:
-                folders.clear()  # so that os.walk does not go there
+        paths, skipped, searched = [], Counter(), set()
+        folders = [""]  # relative to `folder`; grows in the loop
+        for below in folders:
+            place = os.path.join(folder, below)
+            if os.path.realpath(place) in searched:
                 continue
-            seen.add(real)
-            folders.sort()
-            below = os.path.relpath(place, folder) + "/" if place != folder else ""
-            for name in names:
-                if is_image(name):
-                    paths.append(os.fsencode(below + name))
-                else:
-                    left_out[os.path.splitext(name)[1].lower() or name] += 1
-        if left_out:
-            kinds = ", ".join(f"{number:,} {kind}" for kind, number in left_out.most_common(5))
-            self.notes.append(f"{folder}: {left_out.total():,} files are left out, by their names no images ({kinds})")
+            searched.add(os.path.realpath(place))
+            subfolders = []
+            try:
+                for entry in os.scandir(place):
+                    path = os.path.join(below, entry.name)
+                    if entry.name.startswith("."):
+                        skipped["hidden"] += 1
+                    elif entry.is_symlink() and not os.path.exists(entry.path):
+                        skipped["dangling links"] += 1
+                    elif entry.is_dir():
+                        subfolders.append(path)
+                    elif not entry.is_file():  # reading a pipe could block
+                        skipped["pipes or devices"] += 1
+                    elif suffix(path) not in IMAGE_SUFFIXES:
+                        skipped[suffix(path)] += 1
+                    else:
+                        paths.append(os.fsencode(path))
+            except OSError as error:
+                self.notes.append(f"{place}: folder skipped ({error.strerror})")
+            folders += sorted(subfolders)
+        if skipped:
+            self.notes.append(f"{folder}: skipped {in_words(skipped, 'entries')}")
         if not paths:
             why = "; ".join([f"{folder}: no images in this folder", *self.notes])
-            raise UserError(f"{why}; shards are named by a glob: '{folder}/*.tar'")
-        self.paths = np.array(sorted(paths))  # bytes: a quarter of the memory of str
-
-    def pass_over(self, error: OSError) -> None:
-        self.notes.append(f"{error.filename}: this folder is passed over ({error.strerror})")
+            raise UserError(f"{why}; to use shards, give a glob: '{folder}/*.tar'")
+        self.paths = np.array(sorted(paths))  # bytes take a quarter of the memory of str
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -106,35 +129,32 @@ class ImageFiles:
         return os.path.join(self.folder, os.fsdecode(self.paths[i]))
 
     def read(self, i: int) -> bytes:
-        with open(os.open(self.name(i), os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a pipe would wait for ever
-            return file.read()
+        return Path(self.name(i)).read_bytes()
 
     def fingerprint(self) -> str:
-        """Of the names below the folder, and of a thousand images' sizes: to ask for all would take minutes."""
+        """A hash of the relative paths, and of the sizes of a thousand images: all sizes would take minutes to read."""
         some = range(0, len(self), -(-len(self) // 1000))
         sizes = [os.path.getsize(self.name(i)) for i in some]
         return short_hash(self.paths.tobytes(), str(sizes).encode())
 
 
 class Shards:
-    """The images inside tar shards. `len(shards)`, `shards.read(i)` → bytes, `shards.name(i)` → str.
+    """The images in tar shards: `len(shards)`, `shards.read(i)` → bytes, `shards.name(i)` → str.
 
-    3 million images take 48 MB: two int64 an image.
+    Captions and other members are ignored. The index of 3 million images takes 48 MB: two int64 each.
     """
 
-    notes = ()  # that a shard's captions are left out is no news
-
     def __init__(self, paths: Sequence[str], progress: bool = True):
-        self.shards, indexes, faults = list(paths), [], []
+        self.shards, self.notes, indexes, faults = list(paths), [], [], []
         for path in tqdm(self.shards, desc="index", unit="shard", disable=not progress, leave=False, delay=1):
             try:
                 indexes.append(shard_index(path))
             except UserError as error:
                 faults.append(str(error))
-        if faults:  # all at once, so that all can be fetched again
+        if faults:  # report all bad shards at once
             raise UserError("; ".join(faults))
         self.members = np.concatenate(indexes)  # (images, 2): offset and size in bytes
-        self.ends = np.cumsum([len(index) for index in indexes])  # where each shard's images end in `members`
+        self.ends = np.cumsum([len(index) for index in indexes])  # the end of each shard's images in `members`
         if not len(self):
             raise UserError(f"{self.shards[0]}: no images (.jpg, .png, .webp, …) in these shards")
 
@@ -154,61 +174,59 @@ class Shards:
             return shard.read(size)
 
     def fingerprint(self) -> str:
-        """Of the shards' names without their folders, and of every image's place and size."""
+        """A hash of the shards' file names, and of the offset and size of every image."""
         names = "/".join(os.path.basename(path) for path in self.shards)
         return short_hash(os.fsencode(names), self.ends.tobytes(), self.members.tobytes())
 
 
 def shard_index(path: str) -> np.ndarray:
-    """Offset and size in bytes of every image in a plain tar, (images, 2) int64, in the tar's order.
+    """Offset and size in bytes of every image in an uncompressed tar, (images, 2) int64, in the tar's order.
 
-    Kept in the user's cache folder. The first row there holds the shard's own size and modification time, so that a
+    The index is cached in the user's cache folder, below a row with the shard's size and modification time, so that a
     changed shard is indexed again.
 
     Raises:
-        UserError: it cannot be read, or is not a plain, whole tar.
+        UserError: the shard cannot be read, or is not a complete, uncompressed tar.
     """
     try:
         stat = os.stat(path)
         stamp = np.array([[stat.st_size, stat.st_mtime_ns]])
-        rule = os.path.abspath(path) + " ".join(sorted(IMAGE_SUFFIXES))  # what the index depends on beside the bytes
+        rule = os.path.abspath(path) + "2" + " ".join(sorted(IMAGE_SUFFIXES))  # "2": the version of `find_images`
         cache = Path(cache_folder(), short_hash(os.fsencode(rule)) + ".npy")
-        with contextlib.suppress(Exception):  # absent, or NumPy's many ways to say that it is no array
+        with contextlib.suppress(Exception):  # no index, a broken one, or one of another shard
             index = np.load(cache, allow_pickle=False)
             fresh = index.dtype == np.int64 and np.array_equal(index[:1], stamp)
             if fresh and index.min() >= 0 and index[1:].max(initial=0) <= stat.st_size:
-                return index[1:]
+                with open(path, "rb") as shard:  # of the same size and time, but another? See the last header
+                    shard.seek(index[-1, 0] - 512)
+                    header = tarfile.TarInfo.frombuf(shard.read(512), tarfile.ENCODING, "surrogateescape")
+                if header.size == index[-1, 1]:
+                    return index[1:]
         members = find_images(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({one_line(error)})") from None
 
-    part = cache.with_suffix(f".{os.getpid()}")
-    with contextlib.suppress(OSError):  # a read-only place or a full disk: the next start is slower, no more
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(part, "wb") as file:
-                np.save(file, np.concatenate([stamp, members]))
-            os.replace(part, cache)  # whole or not at all, also when several processes write it
-        finally:
-            part.unlink(missing_ok=True)
+    with contextlib.suppress(UserError):  # read-only or full: the next start indexes again
+        with atomic_path(cache) as temporary, open(temporary, "wb") as file:
+            np.save(file, np.concatenate([stamp, members]))
     return members
 
 
 def cache_folder() -> str:
-    """Where indexes are kept; /dev/null/…, where nothing can be, for a user without a home."""
+    """The folder for indexes. Without a home folder it is below /dev/null, so nothing is cached."""
     folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return os.path.join(folder if os.path.isabs(folder) else os.devnull, "diva")
 
 
 def find_images(path: str) -> np.ndarray:
-    """The index of a shard, made from the tar itself. Tars joined with `cat` are read to the end of the last one.
+    """Indexes a shard from its headers, also if it is several tars joined with `cat`.
 
-    What stands where Python's tarfile stops reading is looked at: it takes any block that is no header for the end.
+    Python's tarfile takes any block that is not a header for the end, so `next_tar` checks what follows.
     """
     rows, start = [], 0
     with open(path, "rb") as file:
         if file.read(2) == b"\x1f\x8b":
-            raise UserError(f"{path}: gzipped, so no image can be read alone; unpack it: gzip -dc {path} > NEW.tar")
+            raise UserError(f"{path}: gzipped, so single images cannot be read; unpack it: gzip -dc {path} > NEW.tar")
         try:
             while start is not None:
                 file.seek(start)
@@ -216,17 +234,22 @@ def find_images(path: str) -> np.ndarray:
                     while member := tar.next():
                         if member.size < 0:
                             raise tarfile.ReadError("a negative size")
-                        if member.isreg() and is_image(member.name):
+                        hidden = re.search(r"(^|/)\.[^./]", member.name)
+                        if member.isreg() and suffix(member.name) in IMAGE_SUFFIXES and not hidden:
+                            if member.issparse():  # its holes are not stored
+                                raise UserError(f"{path}: {member.name} is sparse; create the tar without tar's -S")
                             rows.append((member.offset_data, member.size))
-                        tar.members.clear()  # it keeps a kilobyte of each
+                        tar.members.clear()  # it keeps a kilobyte per member
                 start = next_tar(file, tar.offset)
-        except Exception as error:  # tarfile raises more than its own kind on a broken header
-            raise UserError(f"{path}: not a whole tar file ({one_line(error)}); fetch it again") from None
+        except UserError:
+            raise
+        except Exception as error:  # tarfile raises many kinds on a broken header
+            raise UserError(f"{path}: not a complete tar file ({one_line(error)}); download it again") from None
     return np.array(rows, dtype=np.int64).reshape(-1, 2)
 
 
 def next_tar(file, end: int) -> int | None:
-    """Where another tar begins after the empty blocks that end one at byte `end`; None if nothing follows them."""
+    """The offset of the tar after the one that ends at byte `end`, or None. Only zeros may lie between them."""
     file.seek(end)
     block = file.read(512)
     if not block:

@@ -242,7 +242,7 @@ def test_help_shows_the_recipes_settings(recipe, shown):
         ((2, 3), "{}," + "C" * 300 + ",a cat", "row 2: type 'C{50}' has no folder"),
         ((3,), "9,Color,a cat", "row 3: id 9 does not follow"),
         ((2,), "2,Color,a cat", "row 2: a pair begins with an odd id"),
-        ((4, 5), "1,Color,a cat", "row 4: a pair begins with an odd id of its own, and this is 1"),
+        ((4, 5), "1,Color,a cat", "row 4: the id 1 is already in use"),
         ((3,), '2,Color,"a cat', "Questions.csv: cannot be read"),
         ((5,), "", "row 4: rows come in pairs"),
         ((2, 3), "{},../Color,a cat", "row 2: type '../Color' has no folder"),

@@ -1,30 +1,33 @@
-"""The miniature: what lies in the repository is what make.py draws, and its diffusion model is a teacher."""
+"""The miniature: make.py draws the files in the repository, and the diffusion model reads its captions."""
 
-from test_smoke import CPU, run, settings, weights  # first: it sets what the libraries read when they are imported
-
+import argparse
 import io
+import json
 import math
+from pathlib import Path
 
-import make
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from transformers import AutoTokenizer, CLIPTextModel
 
+import beyond
 import data
 import model
 import train
-import beyond
 from condition import VisualCondition, parse_recap
+from harness.errors import UserError
 from harness.mmvp import read_mmvp
-from harness.recipes import MINIATURE, TYPES
+from harness.recipes import MINIATURE, RECIPES, TYPES
+from miniature import experiment, make, models, world
+from test_smoke import CPU, run, settings, weights
 
 
-def test_the_miniature_is_what_its_script_draws(tmp_path):
-    """The images and the benchmark in the repository are make.py's, within the rounding of another JPEG codec."""
-    make.write_images(tmp_path)
-    make.write_mmvp(tmp_path / "mmvp")
+def test_make_draws_the_files_in_the_repository(tmp_path):
+    """The images and the benchmark, except for the rounding of another JPEG codec."""
+    world.write_images(tmp_path)
+    world.write_mmvp(tmp_path / "mmvp")
     embedded, drawn = (data.open_images([f"{folder}/images.tar"], False) for folder in (MINIATURE, tmp_path))
     assert len(embedded) == len(drawn) == 2000
     pictures = [(embedded.read(i), drawn.read(i)) for i in range(0, 2000, 125)]
@@ -39,11 +42,11 @@ def test_the_miniature_is_what_its_script_draws(tmp_path):
 def test_a_pair_differs_in_one_detail():
     pairs = read_mmvp(f"{MINIATURE}/mmvp")
     assert [pair.type for pair in pairs] == [name for name in TYPES for _ in range(100)]
-    regions = {"Quantity": (0, 0, 45, 18), "Text": (46, 0, 64, 18)}  # else the thing and its ground, below
+    regions = {"Quantity": (0, 0, 45, 18), "Text": (46, 0, 64, 18)}  # by default, anywhere
     for pair in pairs:
         words = [statement.split() for statement in pair.statements]
         said = {" ".join(word for word in words[i] if word not in words[1 - i]) for i in (0, 1)} - {""}
-        phrases = make.DETAILS[pair.type]
+        phrases = world.DETAILS[pair.type]
         assert all(any(set(s.split()) <= set(phrase.split()) for phrase in phrases) for s in said)
         one, other = (np.asarray(Image.open(path)).astype(int) for path in pair.images)
         changed = np.abs(one - other).max(-1) > 60
@@ -53,18 +56,18 @@ def test_a_pair_differs_in_one_detail():
         outside[top:bottom, left:right] = False
         assert not outside.any()
         if pair.type not in ("Color", *regions):
-            assert not changed[:16].any()  # the stars and the sign stay
+            assert not changed[:16].any()  # the stars and the sign do not change
 
 
 @pytest.fixture(scope="module")
 def teacher() -> tuple:
-    """The miniature's diffusion model, a reader of its captions, 80 unseen scenes, their pixels and latents."""
+    """The miniature's diffusion model, a function that embeds captions, 80 unseen scenes, their pixels and latents."""
     folder = f"{MINIATURE}/diffusion"
     diffusion = model.load_diffusion(folder, "", torch.float32, CPU)
     tokenizer = AutoTokenizer.from_pretrained(folder, subfolder="tokenizer")
     encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=torch.float32)
-    scenes, rng = make.random_scenes(80, 41), np.random.default_rng(41)
-    pixels = np.stack([np.asarray(make.draw(scene, rng)) for scene in scenes])
+    scenes, rng = world.random_scenes(80, 41), np.random.default_rng(41)
+    pixels = np.stack([np.asarray(world.draw(scene, rng)) for scene in scenes])
     pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
 
     @torch.no_grad()
@@ -75,8 +78,70 @@ def teacher() -> tuple:
     return diffusion, read, scenes, pixels, diffusion.encode(pixels)
 
 
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    """A world whose CLIP has another text tower, and whose diffusion model starts from the miniature's."""
+    out, start = tmp_path_factory.mktemp("other"), MINIATURE / "diffusion"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "POOL", 64)
+        models.make_clip(out, seed=1, steps=2, text_width=96, text_layers=3, contrastive=True, batch=8)
+        models.make_diffusion(out, seed=1, steps=2, vae=start / "vae", start=start / "unet", batch=8)
+    return out
+
+
+def test_the_diffusion_model_reads_with_the_text_tower_of_its_world(other):
+    """Compares its text encoder with open_clip's tower, and its U-Net and VAE with those that it starts from."""
+    clip = model.load_clip(f"{other}/clip").model
+    captions = ["the near red key", "a photo of the house beside A under two stars"]
+    ids = models.tokens(captions, models.tokenizer(24))
+    with torch.no_grad():
+        hidden = clip.transformer(clip.token_embedding(ids) + clip.positional_embedding, attn_mask=clip.attn_mask)
+        expected = clip.ln_final(hidden)  # (2, 24, 96)
+    embedded = model.embed_texts(f"{other}/diffusion", captions)
+    for row, tokens, right in zip(embedded, captions, expected):
+        length = 2 + len(tokens.split())  # the padding differs; no earlier token attends to it
+        assert torch.allclose(row[:length], right[:length], atol=1e-2)  # fp16
+    own, first = (model.load_diffusion(f"{w}/diffusion", "", torch.float32, CPU) for w in (other, MINIATURE))
+    assert own.text_embedding.shape == (1, 24, 96) and len(clip.transformer.resblocks) == 3
+    assert all(torch.equal(a, b) for a, b in zip(own.vae.parameters(), first.vae.parameters()))
+    others, fresh = dict(first.unet.named_parameters()), []
+    for name, weight in own.unet.named_parameters():
+        if weight.shape != others[name].shape:
+            fresh.append(name)
+        else:
+            assert (weight - others[name]).abs().max() < 0.01  # two steps of at most 1e-3
+    assert len(fresh) == 8 and all(".attn2.to_k." in name or ".attn2.to_v." in name for name in fresh)
+
+
+@pytest.mark.parametrize("contrastive", [True, False])
+def test_which_towers_learn(contrastive):
+    """The text tower is trained with the vision tower only if `contrastive`."""
+    clip, rng = model.load_clip("miniature").model, np.random.default_rng(0)
+    before = {name: value.clone() for name, value in clip.named_parameters()}
+    scenes, pixels = models.pool(16, 1)
+    models.fit_clip("test", clip, scenes, pixels, world.CLIP_NAMES, rng, 2, 1e-3, batch=8, text=contrastive)
+    moved = {n for n, value in clip.named_parameters() if not torch.equal(value, before[n]) and n != "logit_scale"}
+    assert any(n.startswith("visual.") for n in moved)
+    assert any(not n.startswith("visual.") for n in moved) == contrastive
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ("clip --text-width 100", "--text-width 100: must be a multiple of 32"),
+        ("diffusion --start {tmp}", "no config.json"),
+        ("diffusion --vae {tmp}", "no config.json"),
+        ("mmvp {tmp}/..", "not empty"),
+        ("vae --steps 5", "unrecognized arguments"),
+    ],
+)
+def test_make_refuses(tmp_path, argv, message):
+    with pytest.raises(UserError, match=message):
+        make.read_args(argv.format(tmp=tmp_path).split())
+
+
 def unseen_losses(diffusion, latents: torch.Tensor, condition: torch.Tensor, lowest: int) -> np.ndarray:
-    """train.py's loss of each four scenes under a condition, at t from `lowest`, with the same draws for every one."""
+    """train.py's losses of four scenes at a time under a condition, with fixed draws and t from `lowest`."""
     losses = []
     for b in range(0, len(latents), 4):
         rng = np.random.default_rng(b)
@@ -88,39 +153,39 @@ def unseen_losses(diffusion, latents: torch.Tensor, condition: torch.Tensor, low
 
 
 def clearly_lower(losses: np.ndarray, others: np.ndarray) -> bool:
-    """By three standard errors of the difference."""
+    """Lower by three standard errors of the difference."""
     rises = others - losses
     return rises.mean() > 3 * rises.std(ddof=1) / math.sqrt(len(rises))
 
 
 def test_the_teacher_reads_its_captions(teacher):
-    """train.py's loss with the right caption, and with one wrong in a single detail."""
+    """train.py's loss is lower with the right caption than with a caption that is wrong in one detail."""
     diffusion, read, scenes, _, latents = teacher
     scenes, latents, clear = scenes[:40], latents[:40], 0
-    for k, values in enumerate(make.DETAILS.values(), start=2):
+    for k, values in enumerate(world.DETAILS.values(), start=2):
         named = np.isin(np.arange(10), (0, k - 1))  # the caption says class, colour and this detail
         wrong = scenes.copy()
         wrong[:, k] = (wrong[:, k] + 1) % len(values)
-        sides = [read([make.caption(scene, named) for scene in side]) for side in (scenes, wrong)]
+        sides = [read([world.caption(scene, named) for scene in side]) for side in (scenes, wrong)]
         clear += clearly_lower(*(unseen_losses(diffusion, latents, side, 300) for side in sides))
     assert clear >= 7
 
 
 def test_a_fitted_class_token_says_more_than_the_empty_text(teacher):
-    """On unseen scenes, before any training; and another scene's class token says less than nothing."""
+    """Losses on unseen scenes, before training: with its own class token < the empty text < another scene's token."""
     diffusion, _, scenes, pixels, latents = teacher
     args = settings("unused", "--recap none")
     clip, _, conditioner = train.build(args, CPU)
     beyond.fit_projection(args, clip, conditioner, data.TrainingImages(data.open_images(args.data), 64, 4))
     with torch.no_grad():
-        own, _ = conditioner(clip.preprocess_batch(pixels), diffusion.text_embedding)
+        own, _ = conditioner(pixels, diffusion.text_embedding)
     nothing = diffusion.text_embedding[:, None].expand(len(scenes), -1, -1, -1)
     losses = [unseen_losses(diffusion, latents, c, 500) for c in (own, nothing, own.roll(1, 0))]
     assert clearly_lower(losses[0], losses[1]) and clearly_lower(losses[1], losses[2])
 
 
 def test_the_linear_layer_alone_learns_to_say_more(teacher, tmp_path):
-    """Forty steps from a random start: on unseen scenes the loss falls, and another scene's class token costs more."""
+    """After 40 steps from a random start the loss on unseen scenes is lower, and higher with another scene's token."""
     diffusion, _, _, pixels, latents = teacher
     flags = "--recap none --batch-size 16 --micro-batch 16 --optimizer adamw"
     out = run(tmp_path / "run", f"{flags} --steps 40 --projection-steps 40 --projection-lr 0.003")
@@ -128,8 +193,68 @@ def test_the_linear_layer_alone_learns_to_say_more(teacher, tmp_path):
     torch.manual_seed(0)
     conditioner = VisualCondition(clip, diffusion, parse_recap("none", 64), "mean")
     with torch.no_grad():
-        start, _ = conditioner(clip.preprocess_batch(pixels), diffusion.text_embedding)
+        start, _ = conditioner(pixels, diffusion.text_embedding)
         conditioner.load_state_dict(weights(out))
-        end, _ = conditioner(clip.preprocess_batch(pixels), diffusion.text_embedding)
+        end, _ = conditioner(pixels, diffusion.text_embedding)
     losses = [unseen_losses(diffusion, latents, c, 0) for c in (end, start, end.roll(1, 0))]
     assert clearly_lower(losses[0], losses[1]) and clearly_lower(losses[0], losses[2])
+
+
+def test_train_accepts_every_row():
+    """train.py's parser accepts all rows; the grid has the intended rates, and "twice" follows the recipe."""
+    rows = experiment.read_args(["--rows", *experiment.ROWS, "paper, *"]).rows
+    assert len(rows) == len(experiment.ROWS) + 48 and len(set(rows)) == len(rows)
+    twice = experiment.run_settings("twice the steps", 3, "--states 1", tmp := Path("runs"))
+    assert (twice.steps, twice.states, twice.seed, twice.mmvp) == (2 * RECIPES["miniature"].steps, 1, 3, None)
+    grid = [experiment.run_settings(row, 0, "", tmp) for row in rows if row.startswith("paper, ")]
+    rates = {(args.optimizer, args.lr) for args in grid}
+    assert rates == {("sgd", float(f"5e{k}")) for k in range(-6, -2)} | {("adamw", 10.0**k) for k in range(-6, -2)}
+    assert all((a.projection, a.ldifs, a.timesteps) == ("random", 0, (0, 1000)) for a in grid)
+    for row, message in (("no pull", "no such row"), ("another CLIP's φ", "other/diffusion: not found")):
+        with pytest.raises(UserError, match=message):
+            experiment.read_args(["--rows", row])
+
+
+@pytest.mark.parametrize("row, seen", [("as the recipe", [0, 1, 2]), ("as the recipe, another image", [2, 0, 1])])
+def test_the_control_takes_the_condition_of_the_image_before(tmp_path, monkeypatch, row, seen):
+    conditions = []
+    monkeypatch.setattr(train, "denoising_loss", lambda *args: conditions.append(args[2]))
+    loss = train.denoising_loss
+
+    def train_once(args, device):
+        train.denoising_loss(None, None, torch.arange(3)[:, None], None, None)
+        (tmp_path / "metrics.jsonl").write_text("".join(f'{{"loss": {i}}}\n' for i in range(3)))
+
+    monkeypatch.setattr(train, "train", train_once)
+    settings = argparse.Namespace(out=str(tmp_path), projection_steps=1)
+    assert experiment.train_with_feedback(row, settings) == [1, 2]  # the steps that train CLIP
+    assert conditions[0].flatten().tolist() == seen and train.denoising_loss is loss
+
+
+def test_the_table_of_rows(tmp_path):
+    """Two seeds of one row, 27 pairs; a folder with another benchmark is refused."""
+    args = experiment.read_args(["--rows", "as the recipe", "--seeds", "1", "2", "--pairs", "3", f"--out={tmp_path}"])
+    world.write_mmvp(tmp_path / "mmvp", 3, seed=20)
+    rng = np.random.default_rng(0)
+    right = rng.integers(0, 2, (3, 2, 27))  # before and two seeds, embeddings, pairs
+    of = dict(pairs=3, pairs_seed=20, flags="")
+    (tmp_path / "before.json").write_text(json.dumps(dict(right=right[0].tolist(), accuracy=97.0, of=of)))
+    for seed, accuracy in ((1, 96.0), (2, 95.0)):
+        found = dict(right=right[seed].tolist(), accuracy=accuracy, loss=[0.03 * seed, 0.01 * seed])
+        (tmp_path / f"as the recipe-{seed}.json").write_text(json.dumps(found))
+    experiment.write_benchmark(args)
+    header, table, by_type = experiment.table(args.rows, args.seeds, tmp_path).split("\n\n")
+    cells = [cell.strip() for cell in table.splitlines()[2].split("|")[1:-1]]
+    change = 100 * (right[1:] - right[0]).astype(float)  # (seeds, embeddings, pairs)
+    for k, cell in enumerate(cells[2:4]):
+        mean, over_pairs, over_seeds = (float(x) for x in cell.split(" ± "))
+        assert mean == pytest.approx(change[:, k].mean(), abs=0.006)
+        assert over_pairs == pytest.approx(np.std(change[:, k].mean(0)) / math.sqrt(27), abs=0.006)
+        assert over_seeds == pytest.approx(abs(change[0, k].mean() - change[1, k].mean()) / 2, abs=0.006)
+    assert cells[:2] == ["as the recipe", "2"] and cells[4:] == ["-1.5", "0.0450 → 0.0150"]
+    assert header.endswith("class 97.0")
+    kinds = [float(cell) for cell in by_type.splitlines()[3].split("|")[2:-1]]
+    assert kinds == pytest.approx(change[:, 0].mean(0).reshape(9, 3).mean(1), abs=0.06)
+    args.pairs_seed = 31
+    with pytest.raises(UserError, match="name another folder"):
+        experiment.write_benchmark(args)

@@ -1,0 +1,191 @@
+"""The gates: what has to hold for a world to be worth an experiment. `make.py check` prints them.
+
+    1  CLIP knows classes (zero-shot, ≥ 85%) but overlooks details (pair score from 25 to 60), and can be helped: 100
+       steps of its vision tower on full captions raise the pair score
+    2  the VAE keeps the details: a linear probe reads them from latents and reconstructions nearly as well as from the
+       images
+    3  the diffusion model reads its captions: its loss is higher where one detail of a caption is wrong (z > 5 for
+       seven of nine); and it reads the end token alone, which brings 90% of what the whole caption brings
+    4  pictures that it draws from captions look like their captions (to be judged by eye)
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from torch.nn import functional as F
+
+from evaluate_mmvp import EMBEDDINGS, pairs_right, similarities
+from harness.mmvp import read_mmvp
+from harness.scores import average, interval
+from miniature.models import DEVICE, embed_captions, encode, learn_captions, pool
+from miniature.world import (
+    CLASSES, DETAILS, DIFFUSION_NAMES, PREFIX, SIZE, VALUES, caption, draw, random_scenes, write_mmvp,
+)  # fmt: skip
+from model import load_clip
+
+
+def check(out: Path, samples: str | None) -> None:
+    """Prints the gates of the world in `out`; gate 4 writes its pictures to the file `samples`."""
+    scenes, pixels = pool(4000, 12)
+    check_clip(out / "clip", scenes, pixels)
+    pipe = StableDiffusionPipeline.from_pretrained(out / "diffusion", torch_dtype=torch.float32).to(DEVICE)
+    latents = check_vae(pipe.vae, scenes, pixels)
+    check_reading(pipe, scenes[:2000], latents[:2000])
+    if samples:
+        draw_samples(pipe, samples)
+
+
+def gate(text: str, passed: bool) -> None:
+    print(f"    {text}  {'passed' if passed else 'NOT PASSED'}", flush=True)
+
+
+def check_clip(folder: Path, scenes: np.ndarray, pixels: torch.Tensor) -> None:
+    """Gate 1. The scenes and pixels are for 100 steps on full captions."""
+    print("1  CLIP knows classes but overlooks details")
+    clip = load_clip(str(folder), device=str(DEVICE))
+    accuracy = unseen_accuracy(clip)
+    gate(f"class, zero-shot, 3,000 unseen pictures: {accuracy:.1f}% (≥ 85)", accuracy >= 85)
+    with tempfile.TemporaryDirectory() as benchmark:
+        write_mmvp(Path(benchmark), pairs=100, seed=11)
+        pairs = read_mmvp(benchmark)
+        types = [pair.type for pair in pairs]
+        before = pairs_right(similarities(clip, pairs, DEVICE))
+        for embedding, right in zip(EMBEDDINGS, before):
+            score, (low, high) = average(right, types), interval(right, types)
+            fits = 25 < score < 60
+            gate(f"pair score, 900 unseen pairs, {embedding}: {score:.1f} ({low:.1f}–{high:.1f}) (25–60)", fits)
+        learn_captions(clip.model, scenes, pixels, 12)
+        after = pairs_right(similarities(clip, pairs, DEVICE))[0]
+    low, high = interval(after.astype(int) - before[0], types)
+    text = f"after 100 steps of its vision tower on full captions: {average(after, types):.1f}"
+    gate(f"{text}, {low:+.1f} to {high:+.1f} points (> 0)", low > 0)
+
+
+@torch.no_grad()
+def check_vae(vae, scenes: np.ndarray, pixels: torch.Tensor) -> torch.Tensor:
+    """Gate 2. Returns the latents (n, 4, 8, 8)."""
+    print("2  the VAE keeps the details: a linear probe's accuracy from images, reconstructions, latents, in percent")
+    latents = encode(vae, pixels, vae.config.scaling_factor)
+    decoded = [vae.decode(z / vae.config.scaling_factor).sample for z in latents.split(250)]
+    accuracies = [probe(x.cpu(), scenes, 3000) for x in (pixels, torch.cat(decoded), latents)]
+    for name, values, image, reconstruction, latent in zip(DETAILS, VALUES[2:], *accuracies):
+        text = f"{name:21} {image:5.1f} {reconstruction:5.1f} {latent:5.1f} (chance {100 / values:.0f})"
+        gate(text, min(reconstruction, latent) > image - 5)
+    return latents
+
+
+def check_reading(pipe: StableDiffusionPipeline, scenes: np.ndarray, latents: torch.Tensor) -> None:
+    """Gate 3."""
+    print("3  the diffusion model reads: its loss rises where one detail is wrong (2,000 unseen pictures, t ≥ 300)")
+    rises = [loss_rise(pipe, scenes, latents, k) for k in range(2, 11)]
+    for name, (mean, z) in zip(DETAILS, rises):
+        print(f"    {name:21} {mean:+.5f}  z = {z:.1f}")
+    clear = sum(z > 5 for _, z in rises)
+    gate(f"z > 5 for {clear} of nine (≥ 7)", clear >= 7)
+    none, whole, alone = end_token_losses(pipe, scenes, latents)
+    share = 100 * (none - alone) / (none - whole)
+    text = f"loss with no caption {none:.4f}, a whole one {whole:.4f}, its end token alone {alone:.4f}"
+    gate(f"{text}: {share:.0f}% of what the whole one brings (≥ 90)", share >= 90)
+
+
+def draw_samples(pipe: StableDiffusionPipeline, file: str) -> None:
+    """Gate 4."""
+    rng = np.random.default_rng(13)
+    captions = [caption(scene, rng.random(10) < DIFFUSION_NAMES) for scene in random_scenes(24, 13)]
+    torch.manual_seed(0)
+    sheet = Image.new("RGB", (8 * SIZE, 3 * SIZE))
+    for i, image in enumerate(pipe(captions, num_inference_steps=50, guidance_scale=2.0).images):
+        sheet.paste(image, (i % 8 * SIZE, i // 8 * SIZE))
+    sheet.resize((16 * SIZE, 6 * SIZE), Image.Resampling.NEAREST).save(file)
+    print("4  row by row:\n    " + "\n    ".join(captions))
+
+
+def ridge(x: torch.Tensor, labels: np.ndarray, penalty: float = 0.1) -> np.ndarray:
+    """A linear reader: ridge regression on one-hot labels.
+
+    Args:
+        x: (n, ...), features. The reader is fitted to the first rows, which have labels.
+        labels: (fitted, columns) int.
+
+    Returns:
+        The labels that it reads from the other rows, (n − fitted, columns) int.
+    """
+    fitted, x = len(labels), x.flatten(1).float()
+    x = (x - x[:fitted].mean(0)) / (x[:fitted].std(0) + 1e-6) / x.shape[1] ** 0.5
+    x, others = x[:fitted], x[fitted:]
+    one_hot = [F.one_hot(torch.from_numpy(column)).double() for column in labels.T]
+    targets = torch.cat(one_hot, 1)  # (fitted, all labels)
+    mean = targets.mean(0)
+
+    def solve(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.solve((a @ a.T).double() + penalty * torch.eye(len(a)), b)
+
+    if fitted > x.shape[1]:  # both give the same weight; this system of equations is the smaller one
+        weight = solve(x.T, x.T.double() @ (targets - mean))
+    else:
+        weight = x.T.double() @ solve(x, targets - mean)
+    scores = (others.double() @ weight + mean).split([column.shape[1] for column in one_hot], 1)
+    return torch.stack([s.argmax(1) for s in scores], 1).numpy()
+
+
+def probe(x: torch.Tensor, scenes: np.ndarray, fitted: int) -> np.ndarray:
+    """The accuracy (9,), in percent, of a linear reader of the nine details, fitted to the first rows of x."""
+    return 100 * (ridge(x, scenes[:fitted]) == scenes[fitted:]).mean(0)[2:]
+
+
+@torch.no_grad()
+def unseen_accuracy(clip, count: int = 3000, seed: int = 10) -> float:
+    """Zero-shot accuracy in percent, over the ten classes, on scenes that no training has drawn."""
+    scenes, rng = random_scenes(count, seed), np.random.default_rng(seed)
+    images = torch.stack([clip.preprocess_image(draw(scene, rng)) for scene in scenes])
+    embeddings = torch.cat([clip.model.encode_image(i.to(DEVICE), normalize=True) for i in images.split(250)])
+    texts = clip.model.encode_text(clip.tokenizer()([f"{PREFIX}the {c}" for c in CLASSES]).to(DEVICE), normalize=True)
+    nearest = (embeddings @ texts.T).argmax(1).cpu().numpy()
+    return 100 * float((nearest == scenes[:, 0]).mean())
+
+
+@torch.no_grad()
+def losses(pipe: StableDiffusionPipeline, latents: torch.Tensor, embeddings: list, lowest: int, rng) -> torch.Tensor:
+    """The denoising losses (texts, B) of latents (B, 4, 8, 8) under each of some `embeddings` (B, L, W) of texts.
+
+    All have the same noise and timesteps, from `lowest` to 999.
+    """
+    t = torch.from_numpy(rng.integers(lowest, 1000, len(latents))).to(DEVICE)
+    noise = torch.from_numpy(rng.standard_normal(latents.shape, dtype=np.float32)).to(DEVICE)
+    noisy = pipe.scheduler.add_noise(latents, noise, t)
+    return torch.stack([(pipe.unet(noisy, t, e).sample - noise).square().mean((1, 2, 3)) for e in embeddings])
+
+
+def loss_rise(pipe: StableDiffusionPipeline, scenes: np.ndarray, latents: torch.Tensor, k: int) -> tuple[float, float]:
+    """The rise of the denoising loss when only column `k` of the scene is wrong in the caption: its mean and z-value.
+
+    The captions name class, color and that detail.
+    """
+    rng, rises = np.random.default_rng(k), []
+    for right, z in zip(np.split(scenes, range(250, len(scenes), 250)), latents.split(250)):
+        wrong = right.copy()
+        wrong[:, k] = (wrong[:, k] + rng.integers(1, VALUES[k], len(wrong))) % VALUES[k]
+        captions = [[caption(scene, np.isin(np.arange(10), (0, k - 1))) for scene in side] for side in (right, wrong)]
+        embeddings = [embed_captions(pipe.text_encoder, texts, pipe.tokenizer) for texts in captions]
+        of_right, of_wrong = losses(pipe, z, embeddings, 300, rng)
+        rises.append(of_wrong - of_right)
+    d = torch.cat(rises).double()
+    return d.mean().item(), (d.mean() / (d.std() / len(d) ** 0.5)).item()
+
+
+def end_token_losses(pipe: StableDiffusionPipeline, scenes: np.ndarray, latents: torch.Tensor) -> list[float]:
+    """The denoising loss with no caption, with captions that name half of the details, and with their end token."""
+    rng, found = np.random.default_rng(14), []
+    for part, z in zip(np.split(scenes, range(250, len(scenes), 250)), latents.split(250)):
+        named = rng.random((len(z), 10)) < DIFFUSION_NAMES
+        captions = [caption(scene, n) for scene, n in zip(part, named)]
+        readings = (([""] * len(z), False), (captions, False), (captions, True))
+        embeddings = [embed_captions(pipe.text_encoder, texts, pipe.tokenizer, alone) for texts, alone in readings]
+        found.append(losses(pipe, z, embeddings, 0, rng))
+    return torch.cat(found, 1).mean(1).tolist()
