@@ -56,7 +56,7 @@ class Clip:
 
     @property
     def pools_by_attention(self) -> bool:
-        """Whether it pools the local tokens by attention (SigLIP, PE-Core), so that they lie outside the joint space."""
+        """Whether it pools by attention (SigLIP, PE-Core), so that its local tokens lie outside the joint space."""
         visual = self.model.visual
         return getattr(getattr(visual, "trunk", visual), "attn_pool", None) is not None
 

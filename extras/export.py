@@ -10,8 +10,8 @@ patch tokens (of a CLIPModel after the final LayerNorm and the projection, which
 text features. Differences above TOLERANCE are refused.
 
 Pixels equal open_clip's with backend="pil"; transformers' default backend rounds differently, by at most two gray
-levels of 255. Call the tokenizer with padding="max_length", truncation=True. It cleans texts as open_clip's does, except
-for curly quotes, broken encodings and HTML (ftfy). A CLIPTokenizer pads with the end token, open_clip with zeros.
+levels of 255. Call the tokenizer with padding="max_length", truncation=True. It cleans texts as open_clip's does,
+except for curly quotes, broken encodings and HTML (ftfy). A CLIPTokenizer pads with the end token, open_clip with 0.
 """
 
 from __future__ import annotations

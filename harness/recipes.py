@@ -214,8 +214,8 @@ def locate_clip(name: str, random_weights: bool = False) -> tuple[str, str | Non
     if weights is not None and not (re.fullmatch("hf-hub:[^/]+/[^/]+/.+", weights) or os.path.exists(weights)):
         advice = "expected a file, a folder, or hf-hub:OWNER/NAME/PATH after the @"
         if name.startswith("hf-hub:"):
-            repository = name.removeprefix("hf-hub:")
-            advice += f"; for a revision, name DIR after `hf download {repository} --revision {weights} --local-dir DIR`"
+            command = f"hf download {name.removeprefix('hf-hub:')} --revision {weights} --local-dir DIR"
+            advice += f"; for a revision, run `{command}` and name DIR"
         raise UserError(f"{weights}: no such weights; {advice}")
     if name in RECIPES:
         name = RECIPES[name].clip

@@ -55,7 +55,7 @@ def refused(message: str):
         ("--clip ViT-L-14", "ViT-L-14: no such CLIP; expected a recipe"),
         ("--clip miniature@", ": no such weights"),
         ("--clip miniature@hf-hub:a/b", "hf-hub:a/b: no such weights; expected a file, .* or hf-hub:OWNER/NAME/PATH"),
-        ("--clip hf-hub:a/b@main", "main: no such weights; .*; for a revision, download it and name its folder"),
+        ("--clip hf-hub:a/b@main", "main: no such weights; .*; for a revision, run `hf download a/b --revision main"),
         ("--diffusion nowhere", "nowhere: no such diffusion model"),
         ("--seed 99999999999999999999", "argument --seed: 99999999999999999999: must be between 0 and"),
         ("--timesteps 500", "argument --timesteps: '500': must be LOW:HIGH"),
@@ -83,9 +83,9 @@ def test_bad_arguments_are_refused_before_anything_is_loaded(tmp_path, more, mes
         ("--image-size 36", "--image-size 36: must be a multiple of 8"),
         ("--data {}/one.tar --projection fitted", "--projection fitted: needs at least two images"),
         ("--clip no-arch --random-weights", "CLIP no-arch could not be loaded: "),
-        ("--clip ViT-B-32:nobody --recap all", "open_clip has no weights of that name .for ViT-B-32: openai"),
+        ("--clip ViT-B-32:nobody --recap all", "unknown tag; open_clip's tags for ViT-B-32: openai"),
         ("--clip hf-hub:nobody/nothing", "CLIP hf-hub:nobody/nothing could not be loaded"),
-        ("--clip miniature@hf-hub:a/b/x.pth", "hf-hub:a/b/x.pth could not be fetched from the hub: "),
+        ("--clip miniature@hf-hub:a/b/x.pth", "model a/b: could not be fetched from the hub: "),
         (f"--diffusion {SD21}", f"could not be loaded: .*--diffusion {SD21_MIRROR}"),
         ("--data {}/none.tar", "none.tar: no images"),
         ("--data {}/folder", "folder: no images in this folder"),
@@ -113,7 +113,7 @@ def test_bad_input_is_refused_before_the_first_step(tmp_path, more, message):
         ("diffusion/unet/config.json", "", None, "not a Stable Diffusion folder in .*: unet/config.json is missing"),
         ("diffusion/unet/config.json", "128\n", "192\n", "diffusion model .*diffusion could not be loaded: "),
         ("diffusion/text_encoder/config.json", "", None, "text_encoder/config.json is missing"),
-        ("diffusion/scheduler/scheduler_config.json", "epsilon", "sample", "no Stable Diffusion 1.x or 2.x"),
+        ("diffusion/scheduler/scheduler_config.json", "epsilon", "sample", "not a Stable Diffusion 1.x or 2.x"),
         ("diffusion/scheduler/scheduler_config.json", "1000", "500", "--timesteps: the schedule .* has 500"),
     ],
 )
@@ -152,7 +152,7 @@ def saved(content) -> bytes:
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("clip/open_clip_pytorch_model.bin", "clip/open_clip_pytorch_model.bin: holds pickled objects"),
+        ("clip/open_clip_pytorch_model.bin", "clip/open_clip_pytorch_model.bin: contains pickled objects"),
         ("diffusion/unet/diffusion_pytorch_model.bin", "diffusion model .*diffusion could not be loaded: "),
         ("diffusion/vae/diffusion_pytorch_model.bin", "diffusion model .*diffusion could not be loaded: "),
         ("diffusion/text_encoder/pytorch_model.bin", "diffusion model .*diffusion could not be loaded: "),

@@ -1,4 +1,4 @@
-"""The vision towers of open_clip: which ones can be trained, and that each kind is trained, saved and read back whole."""
+"""The vision towers of open_clip: which ones can be trained; each kind is trained, saved and reloaded."""
 
 import json
 
@@ -23,12 +23,13 @@ from harness.test_input import refused
 from test_smoke import CPU, NoInit, picture, run, settings, write_clip, write_mmvp
 
 # Convolutional towers have no sequence of tokens; open_clip's `forward_intermediates` fails on CoCa's attention pool.
-REFUSED = """
-coca_ViT-B-32 coca_ViT-L-14 convnext_base convnext_base_w convnext_base_w_320 convnext_large convnext_large_d
-convnext_large_d_320 convnext_small convnext_tiny convnext_xlarge convnext_xxlarge convnext_xxlarge_320 MobileCLIP-S1
-MobileCLIP-S2 MobileCLIP2-S0 MobileCLIP2-S2 MobileCLIP2-S3 MobileCLIP2-S4 RN101 RN101-quickgelu RN50 RN50-quickgelu
-RN50x16 RN50x16-quickgelu RN50x4 RN50x4-quickgelu RN50x64 RN50x64-quickgelu swin_base_patch4_window7_224
-""".split()
+REFUSED = [
+    "coca_ViT-B-32", "coca_ViT-L-14", "convnext_base", "convnext_base_w", "convnext_base_w_320", "convnext_large",
+    "convnext_large_d", "convnext_large_d_320", "convnext_small", "convnext_tiny", "convnext_xlarge",
+    "convnext_xxlarge", "convnext_xxlarge_320", "MobileCLIP-S1", "MobileCLIP-S2", "MobileCLIP2-S0", "MobileCLIP2-S2",
+    "MobileCLIP2-S3", "MobileCLIP2-S4", "RN101", "RN101-quickgelu", "RN50", "RN50-quickgelu", "RN50x16",
+    "RN50x16-quickgelu", "RN50x4", "RN50x4-quickgelu", "RN50x64", "RN50x64-quickgelu", "swin_base_patch4_window7_224",
+]  # fmt: skip
 
 
 def shapes_of(embed_dim: int, vision: dict) -> torch.nn.Module:
@@ -45,7 +46,7 @@ def shapes_of(embed_dim: int, vision: dict) -> torch.nn.Module:
 
 
 def test_all_transformers_of_open_clip_can_be_trained():
-    """P is the number of patches on the tower's grid; fewer architectures than today must not pass unnoticed."""
+    """P is the number of patches on the tower's grid; the refused architectures are known by name."""
     names, towers = open_clip.list_models(), {}
     for name in names:
         config = open_clip.get_model_config(name)
@@ -58,7 +59,7 @@ def test_all_transformers_of_open_clip_can_be_trained():
                 model.count_patches(visual, same[0])
             continue
         patches = model.count_patches(visual, same[0])
-        if same != ["ViTamin-XL-384"]:  # timm counts its patches at 384 pixels, open_clip gives it 256
+        if same != ["ViTamin-XL-384"]:  # timm counts patches at 384 pixels, open_clip's image size is 256
             expected = visual.trunk.patch_embed.num_patches if hasattr(visual, "trunk") else np.prod(visual.grid_size)
             assert patches == expected, same
         accepted += same
@@ -86,8 +87,8 @@ FULL = ["EVA02-B-16", "PE-Core-T-16-384", "ViTamin-S", "MobileCLIP2-B"]
         *(pytest.param(name, None, marks=pytest.mark.slow) for name in FULL),
     ],
 )
-def test_a_tower_is_trained_saved_and_read_back(tmp_path, monkeypatch, name, depth):
-    """Each parameter has a gradient; open_clip alone reads OUT/clip to the same bits; so does the benchmark."""
+def test_a_tower_is_trained_saved_and_reloaded(tmp_path, monkeypatch, name, depth):
+    """Each parameter has a gradient; OUT/clip gives open_clip the same features, and the benchmark the same cosines."""
     config = open_clip.get_model_config(name)
     vision = config["vision_cfg"]
     if depth and "timm_model_name" in vision:
@@ -145,7 +146,7 @@ def test_a_batch_is_preprocessed_as_open_clip_preprocesses_an_image(tag):
 
 
 def test_phrases_lack_the_text_that_joins():
-    """φ's end token of a phrase minus that of the text, beside the text encoder's own embeddings of the same phrases."""
+    """Another text moves φ's embeddings of the phrases by the difference between the texts' embeddings."""
     clip, name = model.load_clip("miniature"), f"{MINIATURE}/diffusion"
     _, plain = beyond.embed_phrases(clip, name, "", CPU, 3)
     _, other = beyond.embed_phrases(clip, name, "the red house", CPU, 3)
