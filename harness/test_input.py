@@ -108,7 +108,7 @@ def test_bad_input_is_refused_before_the_first_step(tmp_path, more, message):
     [
         ("clip/open_clip_model.safetensors", "", None, "clip: no weights in this folder"),
         ("clip/open_clip_config.json", "", None, "not a CLIP folder: open_clip_config.json is missing"),
-        ("clip/open_clip_config.json", '"layers": 4', '"layers": 5', "clip: does not fit: it has no "),
+        ("clip/open_clip_config.json", '"layers": 4', '"layers": 5', "clip: does not fit this CLIP: missing weight "),
         ("clip/open_clip_config.json", "{", "[", "CLIP .*clip could not be loaded: "),
         ("diffusion/unet/config.json", "", None, "not a Stable Diffusion folder in .*: unet/config.json is missing"),
         ("diffusion/unet/config.json", "128\n", "192\n", "diffusion model .*diffusion could not be loaded: "),

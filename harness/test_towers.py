@@ -1,6 +1,7 @@
 """The vision towers of open_clip: which ones can be trained; each kind is trained, saved and reloaded."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import open_clip
@@ -20,6 +21,7 @@ from evaluate_mmvp import read_mmvp, similarities
 from harness.pretrained import quiet
 from harness.recipes import MINIATURE
 from harness.test_input import refused
+from harness.weights import find_clip
 from test_smoke import CPU, NoInit, picture, run, settings, write_clip, write_mmvp
 
 # Convolutional towers have no sequence of tokens; open_clip's `forward_intermediates` fails on CoCa's attention pool.
@@ -62,6 +64,9 @@ def test_all_transformers_of_open_clip_can_be_trained():
         if same != ["ViTamin-XL-384"]:  # timm counts patches at 384 pixels, open_clip's image size is 256
             expected = visual.trunk.patch_embed.num_patches if hasattr(visual, "trunk") else np.prod(visual.grid_size)
             assert patches == expected, same
+        whole = {f"visual.{key}": value for key, value in visual.state_dict().items()}
+        for state in (whole, visual.state_dict()):  # its own weights are recognized, with and without the prefix
+            assert find_clip("", state, SimpleNamespace(visual=visual)).keys() == whole.keys(), same
         accepted += same
     assert len(accepted) >= 114 and set(names) == {*accepted, *REFUSED}
 
