@@ -557,7 +557,6 @@ def test_the_released_score_does_not_depend_on_the_batch():
     pairs, clip = evaluate_mmvp.read_mmvp(f"{MINIATURE}/mmvp")[::180], model.load_clip("miniature")
     one, other = (evaluate_mmvp.similarities(clip, pairs, CPU, n, released="random:19") for n in (2, 10))
     np.testing.assert_allclose(one, other, atol=1e-6)
-    assert RECIPES["two-stage-openai-vit-l-14-224"].released == RECIPES["openai-vit-l-14-224"].released
 
 
 def test_embeddings_that_are_not_finite_are_refused():

@@ -1,43 +1,65 @@
-"""A run as a page to read, and as a model card: the verdict in words, the scores, the curves, the pictures.
+"""Writes a run's report, one HTML page, and the model card of its CLIP.
 
     python extras/report.py runs/l14
-    python extras/report.py runs/l14 --mmvp MMVP_VLM  # where the benchmark's images are, if they have moved
+    python extras/report.py runs/l14 --mmvp MMVP_VLM  # if the benchmark's images have moved
 
-Writes RUN/report.html, one file that needs no other, and, once the run is finished, the card RUN/clip/README.md.
-Nothing is scored again: the figures are those of RUN/mmvp and, for CLIPs kept along the run, of RUN/mmvp-steps.
+RUN/report.html is self-contained: scores, curves, images and the pairs that changed. The card, RUN/clip/README.md, is
+written once the run is finished. Nothing is scored again: the figures are read from RUN/mmvp and, for the CLIPs that
+--keep-every saved, from RUN/mmvp-steps.
 """
 
 import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from harness.errors import UserError, exit_on_user_error, one_line, usage_error, warn
+
+
+def read_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Write a run's report.html, and the model card of its CLIP.")
+    parser.error = usage_error
+    parser.add_argument("run", type=Path, metavar="RUN", help="the output folder of train.py (--out)")
+    parser.add_argument("--mmvp", metavar="PATH", help="the benchmark, if it has moved since the run")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":  # before the imports that take seconds, so that --help and a typo are answered at once
+    with exit_on_user_error("report.py"):
+        args = read_args()
+
 import base64
 import contextlib
 import csv
 import io
 import json
+import math
 import re
 import shlex
-import sys
 from html import escape
-from pathlib import Path
 from string import Template
 
 import numpy as np
-from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 from evaluate_mmvp import EMBEDDINGS
 from harness.checkpoint import read_state
-from harness.errors import UserError, exit_on_user_error, one_line, usage_error, warn
 from harness.files import write_atomically
 from harness.mmvp import read_mmvp
+from harness.pictures import read_image
 from harness.recipes import beyond_the_paper
 from harness.scores import verdict
 
-SHOWN = 100  # of the pairs that changed, at most: 2 to 3 MB
+SHOWN = 100  # pairs that changed, at most: 2 to 3 MB
 NAMES = ("type", "id1", "id2", "statement1", "statement2")  # of a pair
-OUTCOMES = {("0", "0"): "", ("0", "1"): "won", ("1", "0"): "lost", ("1", "1"): ""}  # of right before and after
+OUTCOMES = {("0", "0"): "", ("0", "1"): "won", ("1", "0"): "lost", ("1", "1"): ""}  # right before and after
 SUMMARY = (
-    "{clip} learnt from {diffusion}, on {data}: {taken:,} of {steps:,} steps of {batch_size} images, recipe {recipe}, "
-    "recap {recap}, text by {join}, N = {states}, {optimizer} at {lr}, seed {seed}, {precision}; {versions}."
+    "{clip} was trained with {diffusion} on {data}: {taken:,} of {steps:,} steps of {batch_size} images, recipe "
+    "{recipe}, recap {recap}, text joined by {join}, N = {states}, {optimizer} at {lr}, seed {seed}, {precision}; "
+    "{versions}."
+)
+EXPLAINED = (
+    "Percent of pairs right before and after training, by cls: CLIP's class token, as encode_image returns it. By "
+    "cls+local, which adds the mean of the local tokens: {local}. {count:,} pairs of {mmvp}; chance is 25."
 )
 CARD = """---
 library_name: open_clip
@@ -47,12 +69,13 @@ pipeline_tag: zero-shot-image-classification
 <h1>$clip, after diffusion feedback</h1>
 <p>$method</p>
 <p>$summary</p>
+<p>$headline. $explained</p>
 <p>$verdict</p>
 <table>$table</table>
 
 The vision tower was trained further, on images without captions: its features are the condition of a frozen diffusion
-model, whose loss is the feedback. `open_clip.create_model_and_transforms("local-dir:FOLDER")` loads this CLIP.
-The weights keep the licence of the CLIP that they come from; this card claims none.
+model, whose denoising loss is the training signal. `open_clip.create_model_and_transforms("local-dir:FOLDER")` loads
+this CLIP. The license of the original CLIP's weights applies; this card grants none.
 """
 
 
@@ -61,9 +84,10 @@ class Html(str):
 
 
 def fill(template: str, **values) -> Html:
-    """`template` with its $values: the one place where text becomes HTML, and where it is escaped, as one line.
+    """Fills in the template's $values. This is the only place where text becomes HTML.
 
-    Html stays as it is; of a list, so do its elements. In a card, Markdown leaves what is inside of HTML alone.
+    Html, also in a list, is inserted unchanged; other values are escaped. They are joined into one line, because the
+    card is Markdown, which is interpreted again after an empty line.
     """
 
     def safe(value) -> str:
@@ -76,15 +100,15 @@ def fill(template: str, **values) -> Html:
 
 @contextlib.contextmanager
 def reading(path: Path):
-    """UserError, with `path`, for whatever goes wrong with what is found there."""
+    """Turns any error in the block into a UserError that names `path`."""
     try:
         yield
-    except Exception as error:  # csv, json, numpy, Pillow and what is looked for in vain each raise their own
+    except Exception as error:  # csv, json and numpy raise many kinds; entries of a wrong type raise others
         raise UserError(f"{path}: cannot be read ({type(error).__name__}: {one_line(error)})") from None
 
 
 def describe(path: Path, taken: int) -> tuple[dict, dict]:
-    """A run's settings, and what a page and a card say of it after `taken` steps; of paths their last two parts."""
+    """A run's settings, and the template's values about them after `taken` steps. Paths keep their last two parts."""
     with reading(path):
         args = json.loads(path.read_text(encoding="utf-8"))
         names = [args["clip"], args["diffusion"], args["mmvp"] or "", *args["data"][:3]]
@@ -95,23 +119,27 @@ def describe(path: Path, taken: int) -> tuple[dict, dict]:
         words["summary"], deviations = SUMMARY.format_map(args | words), beyond_the_paper(args)
         for old, new in zip(args["code"], args["code"][1:]):
             changed = ", ".join(name for name in new if name != "step" and new[name] != old.get(name))
-            deviations.append(f"from step {new['step']} on with another {changed}")
+            deviations.append(f"a changed {changed} from step {new['step']}")
         if args["random_weights"]:
-            words["summary"] += " Its weights were random at the start, so there is nothing to score."
-    words["method"] = "By its settings, the method is DIVA's (arXiv 2407.20171)"
-    words["method"] += f", but for: {'; '.join(deviations)}." if deviations else "."
+            words["summary"] += " It started from random weights, so it is not scored."
+        if clip == "miniature/clip" and words["data"] != "miniature/images.tar":
+            words["summary"] += (
+                " The miniature's CLIP knows only its drawn scenes: do not expect a gain from training on other images."
+            )
+    words["method"] = "By its options, the method is DIVA's (arXiv 2407.20171)"
+    words["method"] += f", except for: {'; '.join(deviations)}." if deviations else "."
     return args, words
 
 
 def figure(name: str, lines: list[np.ndarray], last: int) -> Html:
-    """Lines over the steps 0 to `last`, in one frame; each is (n, 2), step and number; the last one is in colour."""
+    """Plots lines over the steps 0 to `last`. Each is (n, 2), step and value; the last one is blue, the others gray."""
     values, drawn = np.concatenate(lines)[:, 1], []
     low, high = values.min(), values.max()
     if not np.isfinite(values).all():
         raise ValueError("a number is not finite")
     for line in lines:
         dots = [f"{x / (last or 1):.4f},{(high - y) / ((high - low) or 1):.4f}" for x, y in line]
-        drawn.append(fill('<polyline points="$dots"/>', dots=" ".join([*dots, dots[-1]])))  # one alone shows too
+        drawn.append(fill('<polyline points="$dots"/>', dots=" ".join([*dots, dots[-1]])))  # also shows a single point
     words = f"{name}: {line[0, 1]:.3g} → {line[-1, 1]:.3g}"
     template = """<figure><figcaption>$words</figcaption><p>$high</p>
 <svg viewBox="0 0 1 1" preserveAspectRatio="none" role="img" aria-label="$words">$drawn</svg>
@@ -120,41 +148,68 @@ def figure(name: str, lines: list[np.ndarray], last: int) -> Html:
 
 
 def draw_training(path: Path) -> tuple[list[Html], int, int]:
-    """The loss and the learning rate; how many steps were taken, and how many images could not be read."""
+    """The curves of the loss and the learning rate, the number of steps, and that of unreadable images."""
     with reading(path):
         lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []  # the last may be cut off
-        lines, figures = json.loads("[" + ",\n".join(lines) + "]"), []  # at once, so that an error names the line
+        lines = json.loads("[" + ",\n".join(lines) + "]")  # all at once, so that an error names the line
         if not lines:
             raise ValueError("no step was taken yet")
-        for key, name in (("loss", "Loss"), ("lr", "Learning rate")):
-            values = np.array([[i + 0.5, float(line[key])] for i, line in enumerate(lines)])
-            parts = [np.array_split(values, min(count, len(lines))) for count in (300, 20)]  # what is drawn are means
-            figures.append(figure(name, [np.array([part.mean(0) for part in some]) for some in parts], len(lines)))
+        loss, lr = (np.array([[i + 0.5, float(line[key])] for i, line in enumerate(lines)]) for key in ("loss", "lr"))
+        smooth = [np.array([part.mean(0) for part in np.array_split(loss, min(n, len(loss)))]) for n in (300, 20)]
+        gray, blue = (math.ceil(len(loss) / len(line)) for line in smooth)
+        name = f"Loss, averaged over {blue} steps (gray: {gray})" if blue > 1 else "Loss"
+        some = np.unique([*np.linspace(0, len(lr) - 1, 300).astype(int), lr[:, 1].argmax()])
+        figures = [figure(name, smooth, len(lines)), figure("Learning rate", [lr[some]], len(lines))]
         return figures, len(lines), int(lines[-1]["unreadable"])
 
 
 def draw_scores(path: Path) -> list[Html]:
-    """The scores of CLIPs kept along a run, with their intervals, over the steps in their names."""
+    """The scores of the CLIPs saved during a run, with their intervals, over the steps in their names."""
     with reading(path):
         clips, figures = json.loads(path.read_text(encoding="utf-8"))["clips"], []
         steps = [re.search("clip-([0-9]+)/?$", clip["clip"]) for clip in clips]
         if not all(steps[1:]):  # the first one may be the untouched CLIP
-            raise ValueError("a CLIP's name tells no step, as clip-000100 does")
+            raise ValueError("a CLIP's name has no step, as in clip-000100")
         steps = [int(step[1]) if step else 0 for step in steps]
         for e in EMBEDDINGS:
             lines = [np.array([[k, float(c[e]["low"])], [k, float(c[e]["high"])]]) for k, c in zip(steps, clips)]
             lines.append(np.array(sorted([k, float(c[e]["average"])] for k, c in zip(steps, clips))))
             figures.append(figure(f"Pairs right by {e}, %", lines, max(steps)))
-    note = "Grey: 95% intervals. The best of several is chosen with the benchmark in hand: score it on other pairs."
+    note = "Gray: 95% intervals. Picking the best checkpoint on the benchmark inflates its score."
     return [*figures, fill("<p>$note</p>", note=note)]
 
 
-def read_scores(path: Path) -> tuple[str, str, list[Html]]:
-    """The verdict, on how many pairs, and a table: for each embedding the scores by type before, after, the change."""
+def draw_types(embedding: str, before: dict[str, float], after: dict[str, float]) -> Html:
+    """A chart of the scores by type, in percent: a row per type, with a dot before and a dot after."""
+    rows, template = [], """<text x="145" y="$y">$type</text><path d="M$x1 ${middle}H$x2"/>
+<circle class="before" cx="$x1" cy="$middle" r="5"/><circle cx="$x2" cy="$middle" r="5"/>
+<text x="420" y="$y">$change</text>"""
+    for k, (name, old) in enumerate(before.items()):
+        x1, x2 = (155 + 2.2 * float(score) for score in (old, after[name]))  # 0 to 100% are 220 wide
+        if not (math.isfinite(x1) and math.isfinite(x2)):
+            raise ValueError("a number is not finite")
+        numbers = dict(x1=f"{x1:.1f}", x2=f"{x2:.1f}", y=24 * k + 16, middle=24 * k + 12)
+        rows.append(fill(template, type=name, change=f"{after[name] - old:+.1f}", **numbers))
+    marks = ((0, "0"), (25, "chance"), (50, "50"), (75, "75"), (100, "100"))
+    axis = [
+        fill('<path class="axis" d="M$x 0V$end"/><text class="mark" x="$x" y="$y">$word</text>', word=word,
+             x=f"{155 + 2.2 * percent:.1f}", end=24 * len(rows), y=24 * len(rows) + 14)
+        for percent, word in marks
+    ]  # fmt: skip
+    template = """<figure>
+<figcaption>$e by type, %: <span class="before">before</span>, <span class="after">after</span></figcaption>
+<svg class="types" viewBox="0 0 420 $height" role="img" aria-label="$e by type, as in the table">$axis$rows</svg>
+</figure>"""
+    return fill(template, e=embedding, height=24 * len(rows) + 20, axis=axis, rows=rows)
+
+
+def read_scores(path: Path, mmvp: str) -> dict:
+    """The template's values about the scores on the benchmark called `mmvp`: text, charts and the table."""
     with reading(path):
         content = json.loads(path.read_text(encoding="utf-8"))
         before, after = content["clips"]
         columns = [["Pairs right, %", *before[EMBEDDINGS[0]]["types"], "Average", "95% interval"]]
+        charts, changes = [], []
         for change in after["change"]:
             e = change["embedding"]
             types = {name: after[e]["types"][name] - score for name, score in before[e]["types"].items()}
@@ -164,14 +219,21 @@ def read_scores(path: Path) -> tuple[str, str, list[Html]]:
                 figures = [form.format(value) for value in [*row["types"].values(), row["average"]]]
                 ends = f"{form} … {form}".format(row["low"], row["high"])
                 columns.append([f"{e} {name}", *figures, ends])
+            charts.append(draw_types(e, before[e]["types"], after[e]["types"]))
+            changes.append("{:.1f} → {:.1f} ({:+.1f})".format(*(row["average"] for _, row, _ in rows)))
         rows = [[fill("<td>$cell</td>", cell=cell) for cell in row] for row in zip(*columns)]
-        table = [fill("<tr>$row</tr>\n", row=row) for row in rows]
-        verdicts = [verdict(change, content["pairs"]) for change in after["change"]]
-        return " ".join(verdicts), f"{content['pairs']:,}", table
+        headline, local = changes
+        return dict(
+            headline=headline,
+            explained=EXPLAINED.format(count=content["pairs"], mmvp=mmvp, local=local),
+            verdict=" ".join(verdict(change, content["pairs"]) for change in after["change"]),
+            charts=charts,
+            table=[fill("<tr>$row</tr>\n", row=row) for row in rows],
+        )
 
 
 def read_pairs(path: Path) -> list[dict]:
-    """The pairs, with what changed in each: `changes` are (won or lost, embedding)."""
+    """The pairs; `changes` of a pair lists (won or lost, embedding)."""
     with reading(path), open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file, strict=True))
         pairs, half = [{name: row[name] for name in NAMES} for row in rows], len(rows) // 2
@@ -184,16 +246,16 @@ def read_pairs(path: Path) -> list[dict]:
 
 
 def picture(path: Path, side: int, kind: str) -> Html:
-    """An image, at most `side` pixels wide and high, as part of the page."""
-    with reading(path), Image.open(path) as image:
-        image.thumbnail((side, side))
-        image.convert("RGB").save(file := io.BytesIO(), kind, quality=85)
+    """An image, at most `side` pixels wide and high, embedded in the page."""
+    image, file = read_image(path), io.BytesIO()
+    image.thumbnail((side, side))
+    image.save(file, kind, quality=85)
     content = base64.b64encode(file.getvalue()).decode()
     return fill('<img alt="" src="data:image/$kind;base64,$content">', kind=kind, content=content)
 
 
 def show_changes(pairs: list[dict], mmvp: str) -> Html:
-    """The pairs won and lost, spread over types and outcomes, with their images where `mmvp` has them."""
+    """The pairs won and lost, spread over types and outcomes, with their images if `mmvp` has them."""
     changed = [pair for pair in pairs if pair["changes"]]
     kinds = [(pair["type"], pair["changes"][0]) for pair in changed]
     turns = [kinds[:k].count(kind) for k, kind in enumerate(kinds)]  # the first of each kind, then the second of each
@@ -206,8 +268,8 @@ def show_changes(pairs: list[dict], mmvp: str) -> Html:
             if not paths:
                 raise UserError(f"{mmvp}: not the benchmark that was scored")
             pair["images"] = [picture(path, 224, "jpeg") for path in paths]
-    except (UserError, OSError) as gone:
-        warn(missing := f"Without images, which --mmvp PATH brings back: {one_line(gone)}")
+    except (UserError, OSError) as error:
+        warn(missing := f"No images: {one_line(error)}. Use --mmvp PATH if the benchmark has moved.")
         note += " " + missing
     template = """<article><h3>$type <small>$id1, $id2</small></h3>$images<p>$statement1</p><p>$statement2</p>$outcomes
 </article>"""
@@ -218,9 +280,10 @@ def show_changes(pairs: list[dict], mmvp: str) -> Html:
 
 
 def report(folder: Path, mmvp: str | None = None) -> dict[Path, Html]:
-    """The page of the run in `folder`, and the card if it is finished. `mmvp`: where the benchmark is now.
+    """The page of the run in `folder` and, if the run is finished, the card. `mmvp` is where the benchmark is.
 
-    UserError: there is no run, it has taken no step yet, or one of its files is not what a run writes.
+    Raises:
+        UserError: there is no run, it has taken no step yet, or one of its files is broken.
     """
     if not (folder / "args.json").is_file():
         raise UserError(f"{folder}: no run in this folder (args.json is missing)")
@@ -228,30 +291,25 @@ def report(folder: Path, mmvp: str | None = None) -> dict[Path, Html]:
     args, words = describe(folder / "args.json", taken)
     if unreadable:
         words["summary"] += f" {unreadable:,} images could not be read."
-    words |= dict(folder=folder, verdict="Not scored", table="", pairs="", drawn="")
-    if (folder / "mmvp" / "scores.json").exists() and not args["random_weights"]:  # it is written once all is scored
-        words["verdict"], count, words["table"] = read_scores(folder / "mmvp" / "scores.json")
-        benchmark = words["mmvp"] or "a benchmark that the run does not name"  # it was scored by hand
-        words["summary"] += f" Scored on {count} pairs of {benchmark}; chance is 25."
+    words |= dict(folder=folder, out=shlex.quote(str(folder)), headline="Not scored", explained="", verdict="")
+    words |= dict(charts="", table="", pairs="", drawn="")
+    if (folder / "mmvp" / "scores.json").exists() and not args["random_weights"]:  # the last file that is written
+        benchmark = words["mmvp"] or "a benchmark that the run does not name"  # scored with evaluate_mmvp.py
+        words |= read_scores(folder / "mmvp" / "scores.json", benchmark)
         words["pairs"] = show_changes(read_pairs(folder / "mmvp" / "pairs.csv"), mmvp or args["mmvp"] or benchmark)
     if (folder / "mmvp-steps" / "scores.json").exists():
         curves += draw_scores(folder / "mmvp-steps" / "scores.json")
     if (folder / "reconstruct.png").exists():
         words["drawn"] = picture(folder / "reconstruct.png", 2000, "png")
-    words |= dict(curves=curves, out=shlex.quote(str(folder)))
-    files = {folder / "report.html": fill(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"), **words)}
-    finished = (read_state(folder / "checkpoint") or {}).get("step") == args["steps"]
+    page = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
+    files = {folder / "report.html": fill(page, curves=curves, **words)}
+    finished = (read_state(folder / "checkpoint.pt") or {}).get("step") == args["steps"]
     if finished and (folder / "clip").is_dir():
         files[folder / "clip" / "README.md"] = fill(CARD, **words)
     return files
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Write a run's report.html, and the model card of its CLIP.")
-    parser.error = usage_error
-    parser.add_argument("run", type=Path, metavar="RUN", help="the folder that train.py wrote (--out)")
-    parser.add_argument("--mmvp", metavar="PATH", help="the benchmark, if it is no longer where the run found it")
-    args = parser.parse_args(argv)
+def main(args: argparse.Namespace) -> None:
     for path, content in report(args.run, args.mmvp).items():
         write_atomically(path, content)
         print(f"written: {path}")
@@ -259,4 +317,4 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     with exit_on_user_error("report.py"):
-        main()
+        main(args)

@@ -1,4 +1,4 @@
-"""extras/report.py: every figure beside the one recomputed from the cosines, and text that stays text."""
+"""extras/report.py: each figure against the one recomputed from the cosines; text is never read as HTML."""
 
 import html.parser
 import io
@@ -13,6 +13,7 @@ from urllib.request import urlopen
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from evaluate_mmvp import EMBEDDINGS, compare
@@ -24,7 +25,7 @@ from harness.scores import interval, mcnemar, verdict
 
 
 def write_mmvp(folder: Path, pairs: int = 2, types=("Color", "Text"), statement: str = "a cat") -> Path:
-    """Image number i is of grey i."""
+    """A benchmark; image number i has gray i."""
     lines = ["Question ID,Type,Statement"]
     for type_name in types:
         (folder / "MLLM_VLM Images" / type_name).mkdir(parents=True)
@@ -36,7 +37,7 @@ def write_mmvp(folder: Path, pairs: int = 2, types=("Color", "Text"), statement:
 
 
 def write_scores(folder: Path, names: list[str], mmvp: Path) -> np.ndarray:
-    """As evaluate_mmvp.py does, from cosines drawn at random, with ties: (CLIPs, embeddings, pairs, 2, 2)."""
+    """As evaluate_mmvp.py, from random cosines with ties, (CLIPs, embeddings, pairs, 2, 2), which it returns."""
     pairs = read_mmvp(str(mmvp))
     cosines = np.random.default_rng(0).random((len(names), 2, len(pairs), 2, 2), dtype=np.float32)
     cosines[:, :, 0, :, 0] = cosines[:, :, 0, :, 1]
@@ -45,7 +46,7 @@ def write_scores(folder: Path, names: list[str], mmvp: Path) -> np.ndarray:
 
 
 def write_run(out: Path, mmvp: Path | None = None, steps: int = 3, recipe: str = "openai-vit-l-14-224", **more) -> Path:
-    """What a finished run leaves that a report reads."""
+    """The files of a finished run that the report reads."""
     args = asdict(RECIPES[recipe]) | dict(recipe=recipe, clip="a/folder/vit", data=["my/photos"], steps=steps)
     args |= dict(mmvp=mmvp and str(mmvp), precision="fp32", random_weights=False, versions=dict(torch="2.14.1"))
     args |= dict(code=[{"step": 0, "train.py": "aa"}]) | more
@@ -53,9 +54,8 @@ def write_run(out: Path, mmvp: Path | None = None, steps: int = 3, recipe: str =
     losses = np.random.default_rng(0).random(steps)
     lines = [json.dumps(dict(step=i, loss=loss, lr=0.1, unreadable=i)) + "\n" for i, loss in enumerate(losses)]
     (out / "clip").mkdir(parents=True)
-    (out / "checkpoint").mkdir()
     (out / "args.json").write_text(json.dumps(args))
-    (out / "checkpoint" / "state.json").write_text(json.dumps(state))
+    torch.save(state, out / "checkpoint.pt")
     (out / "metrics.jsonl").write_text("".join(lines))
     if mmvp:
         write_scores(out / "mmvp", ["before", "after"], mmvp)
@@ -63,7 +63,7 @@ def write_run(out: Path, mmvp: Path | None = None, steps: int = 3, recipe: str =
 
 
 class Page(html.parser.HTMLParser):
-    """A page as a browser reads it, which runs nothing and loads nothing. `elements` are (tag, attributes, text)."""
+    """A page as a browser parses it; it may not run or load anything. `elements` are (tag, attributes, text)."""
 
     def __init__(self, content: str):
         super().__init__()
@@ -97,13 +97,13 @@ def read_report(out: Path, mmvp: Path | None = None) -> tuple[Page, str | None]:
 
 
 def test_the_page_says_what_the_cosines_say(tmp_path, monkeypatch, capsys):
-    """Every figure beside one recomputed; each pair that changed, and no other, with its images."""
+    """Each figure against the one recomputed; each pair that changed, and no other, with its images."""
     out = write_run(tmp_path / "run", write_mmvp(tmp_path / "mmvp", 3, TYPES))
-    cosines = write_scores(out / "mmvp", ["before", "after"], tmp_path / "mmvp")  # the same again
+    cosines = write_scores(out / "mmvp", ["before", "after"], tmp_path / "mmvp")  # once more, for the cosines
     right = (cosines[..., 0, 0] > cosines[..., 0, 1]) & (cosines[..., 1, 1] >= cosines[..., 1, 0])  # (CLIPs, e, pairs)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["report.py", "run"])
-    runpy.run_path(report.__file__, run_name="__main__")  # as it is typed, from another folder
+    runpy.run_path(report.__file__, run_name="__main__")  # as on the command line, from another folder
     assert capsys.readouterr().out == "written: run/report.html\nwritten: run/clip/README.md\n"
     page, card = Page((out / "report.html").read_text()), (out / "clip" / "README.md").read_text()
     table = np.reshape(page.all("td"), (12, 7)).tolist()
@@ -113,9 +113,16 @@ def test_the_page_says_what_the_cosines_say(tmp_path, monkeypatch, capsys):
         assert row == [name, *(cell for b, a in zip(old, new) for cell in (f"{b:.1f}", f"{a:.1f}", f"{a - b:+.1f}"))]
     changes = json.loads((out / "mmvp" / "scores.json").read_text())["clips"][1]["change"]
     assert table[-1][3::3] == ["{low:+.1f} … {high:+.1f}".format(**change) for change in changes]
+    gain, local = (f"{b:.1f} → {a:.1f} ({a - b:+.1f})" for b, a in figures[:, :, -1].T)
     words = " ".join(verdict(change, 27) for change in changes)
-    assert words == page.all("h1")[0] and words in card
-    for change, old, new in zip(changes, *right):  # what evaluate_mmvp.py wrote, beside its parts
+    assert page.all("h1") == [gain] and f"{local}. 27 pairs of" in page.text and "chance is 25" in page.text
+    assert all(text in card and text in page.text for text in (gain, local, words))
+    assert page.text.index(gain) < page.text.index(words)
+    x = np.array([float(x) for x in page.all("circle", "cx")]).reshape(2, 9, 2)  # (e, types, CLIPs), 2.2 a percent
+    assert (x - 155) / 2.2 == pytest.approx(by_type.transpose(1, 2, 0), abs=0.05)
+    changed = np.reshape(page.all("text"), (2, 23))[:, 6::2]  # after five marks of the axis: types, changes
+    assert changed.tolist() == [[f"{change:+.1f}" for change in row] for row in by_type[1] - by_type[0]]
+    for change, old, new in zip(changes, *right):  # in scores.json
         won, lost = int((new > old).sum()), int((old > new).sum())
         assert (change["low"], change["high"]) == interval(new.astype(int) - old, [t for t in TYPES for _ in range(3)])
         assert (change["won"], change["lost"], change["p"]) == (won, lost, mcnemar(won, lost))
@@ -137,39 +144,50 @@ def test_of_many_pairs_all_types_and_outcomes_are_shown(tmp_path):
     assert len(kinds) == 8 and set(kinds.values()) == {12, 13}  # 2 types, won or lost, in cls or in cls+local alone
 
 
-def test_what_a_run_did_is_said_and_what_is_not_the_papers(tmp_path):
-    """The name DIVA never stands without it. What has no scores has none, and a run on its way has no card."""
+def test_the_page_tells_what_is_not_the_papers(tmp_path):
+    """A run with random weights has no scores, and an unfinished one has no card."""
     code, mmvp = {"step": 0, "train.py": "aa", "data.py": "bb"}, write_mmvp(tmp_path / "mmvp")
-    code = [code, code | {"step": 2, "train.py": "cc"}]
-    for said, out in (
-        ("the method is DIVA's (arXiv 2407.20171).", write_run(tmp_path / "paper")),
+    code, images = [code, code | {"step": 2, "train.py": "cc"}], dict(clip="x/miniature/clip", data=["my/photos"])
+    for words, out in (
+        ("By its options, the method is DIVA's (arXiv 2407.20171).", write_run(tmp_path / "paper")),
         ("--freeze-projection; --ldifs 0.03", write_run(tmp_path / "miniature", recipe="miniature")),
-        ("but for: from step 2 on with another train.py.", write_run(tmp_path / "code", code=code)),
-        ("random at the start", write_run(tmp_path / "random", mmvp, random_weights=True)),
+        ("except for: a changed train.py from step 2.", write_run(tmp_path / "code", code=code)),
+        ("knows only its drawn scenes", write_run(tmp_path / "photos", **images)),
+        ("started from random weights", write_run(tmp_path / "random", mmvp, random_weights=True)),
     ):
         page, card = read_report(out)
         for text in (page.text, Page(card).text):
-            assert said in text and text.count("DIVA") == 1 and "folder/vit learnt" in text and "a/folder" not in text
-            assert "3 of 3 steps" in text and "2 images could not be read" in text and "chance" not in text
-        assert page.all("h1") == ["Not scored"] and not page.all("td") + page.all("article")
+            assert words in text and text.count("DIVA") == 1 and "a/folder" not in text
+            assert ("drawn scenes" in text) == (out.name == "photos")
+            assert "3 of 3 steps" in text and "2 images could not be read" in text and "chance is" not in text
+        assert page.all("h1") == ["Not scored"] and not page.all("td") + page.all("article") + page.all("circle")
     text = (out / "metrics.jsonl").read_text()
-    (out / "metrics.jsonl").write_text(text[:-20])  # as a run leaves it on its way
-    state = out / "checkpoint" / "state.json"
-    state.write_text(state.read_text().replace('"step": 3', '"step": 2'))
+    (out / "metrics.jsonl").write_text(text[:-20])  # of a run that is going on
+    torch.save(torch.load(out / "checkpoint.pt") | dict(step=2), out / "checkpoint.pt")
     page, card = read_report(out)
     assert "2 of 3 steps" in page.text and card is None
 
 
 @pytest.mark.parametrize("steps, count", [(30_000, 300), (301, 300), (40, 40), (1, 1)])
-def test_the_curves_are_means_of_the_steps(tmp_path, steps, count):
-    page, _ = read_report(write_run(tmp_path / "run", steps=steps))
-    fine, coarse, *rate = page.lines
-    losses = np.array_split(np.random.default_rng(0).random(steps), count)
+def test_the_loss_is_averaged_and_the_rate_is_not(tmp_path, steps, count):
+    out, rates = write_run(tmp_path / "run", steps=steps), 1e-3 * np.random.default_rng(1).random(steps)
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    lines = [json.loads(line) | dict(lr=lr) for line, lr in zip(lines, rates)]
+    (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page, _ = read_report(out)
+    fine, coarse, rate = page.lines
+    losses = np.array_split(np.array([line["loss"] for line in lines]), count)
     means, middles = np.array([part.mean() for part in losses]), (np.arange(count) + 0.5) / count
     expected = np.stack([middles, (means.max() - means) / (np.ptp(means) or 1)], 1)
-    assert fine == pytest.approx(expected, abs=0.004) and len(coarse) == min(20, steps) and len(rate) == 2
-    assert [text.split(":")[0] for text in page.all("figcaption")] == ["Loss", "Learning rate"]
-    assert f"{means.max():.3g}" in page.text and f"step {steps:,}" in page.text
+    assert fine == pytest.approx(expected, abs=0.004) and len(coarse) == min(20, steps)
+    loss, lr = page.all("figcaption")
+    smoothed = {30_000: "1500 steps (gray: 100)", 301: "16 steps (gray: 2)", 40: "2 steps (gray: 1)"}.get(steps, "")
+    assert loss.startswith(f"Loss, averaged over {smoothed}:" if smoothed else "Loss:")
+    assert lr == f"Learning rate: {rates[0]:.3g} → {rates[-1]:.3g}" and len(rate) == pytest.approx(count, abs=1)
+    assert f"{means.max():.3g}" in page.text and f"{rates.max():.3g}" in page.text and f"step {steps:,}" in page.text
+    if steps < 1000:  # else the drawn places are too coarse to tell the step
+        drawn = rates.max() - rate[:, 1] * np.ptp(rates)
+        assert drawn == pytest.approx(rates[(rate[:, 0] * steps).astype(int)], abs=1e-6)
 
 
 def test_scores_along_a_run_are_drawn_over_its_steps(tmp_path):
@@ -177,8 +195,8 @@ def test_scores_along_a_run_are_drawn_over_its_steps(tmp_path):
     write_scores(out / "mmvp-steps", ["vit", "x/clip-000200/", "x/clip-000100"], mmvp)
     Image.new("RGB", (40, 20), (255, 0, 0)).save(out / "reconstruct.png")
     page, _ = read_report(out)
-    assert page.images[0].getpixel((9, 9)) == (255, 0, 0) and "chosen with the benchmark in hand" in page.text
-    clips, lines = json.loads((out / "mmvp-steps" / "scores.json").read_text())["clips"], page.lines[4:]
+    assert page.images[0].getpixel((9, 9)) == (255, 0, 0) and "inflates its score" in page.text
+    clips, lines = json.loads((out / "mmvp-steps" / "scores.json").read_text())["clips"], page.lines[3:]
     for e, drawn in (("cls", lines[:4]), ("cls+local", lines[4:])):
         figures = np.array([[clip[e][key] for key in ("low", "high", "average")] for clip in clips])
         y = (figures.max() - figures) / np.ptp(figures)
@@ -186,7 +204,7 @@ def test_scores_along_a_run_are_drawn_over_its_steps(tmp_path):
         expected = [*intervals, [(0, y[0, 2]), (0.5, y[2, 2]), (1, y[1, 2])]]
         assert np.concatenate(drawn) == pytest.approx(np.concatenate(expected), abs=1e-3)
     write_scores(out / "mmvp-steps", ["vit", "x/clip"], mmvp)
-    with pytest.raises(UserError, match="mmvp-steps/scores.json: .* name tells no step"):
+    with pytest.raises(UserError, match="mmvp-steps/scores.json: .* name has no step"):
         read_report(out)
 
 
@@ -199,24 +217,24 @@ def test_hostile_text_stays_text(tmp_path):
     for name, quoted in (("pairs.csv", f'"{markdown}"'), ("scores.json", json.dumps(markdown)[1:-1])):
         text = (out / "mmvp" / name).read_text().replace("Color", script).replace("Text", quoted)
         (out / "mmvp" / name).write_text(text)
-    page, card = read_report(out)  # which looks at every element and attribute
+    page, card = read_report(out)  # checks every element and attribute
     seen = (script, image, "`c` [d](javascript:e) *f* # $i")
     assert all(text in page.text and text in Page(card).text for text in seen) and not page.images
     assert {tag for tag, _, _ in Page(card).elements} == {"", "h1", "p", "table", "tr", "td"}
-    for line in card.splitlines():  # Markdown leaves alone what follows a tag, up to the next empty line
+    for line in card.splitlines():  # Markdown does not interpret a block of HTML
         assert line.startswith("<") or not re.search("script|img|# ", line)
 
 
-def test_a_benchmark_that_is_gone_or_another_is_said(tmp_path, capsys):
+def test_a_missing_or_different_benchmark_is_reported(tmp_path, capsys):
     mmvp, other = write_mmvp(tmp_path / "mmvp"), write_mmvp(tmp_path / "other", statement="a dog")
     out = write_run(tmp_path / "run", mmvp)
     mmvp.rename(tmp_path / "moved")
-    for where, said in ((None, f"{mmvp}: no such folder"), (other, "not the benchmark that was scored")):
+    for where, why in ((None, f"{mmvp}: no such folder"), (other, "not the benchmark that was scored")):
         page, _ = read_report(out, where)
-        assert re.search(f"Without images, which --mmvp PATH brings back: .*{said}", page.text) and not page.images
-        assert said in capsys.readouterr().err
+        assert re.search(f"No images: .*{why}.*Use --mmvp PATH", page.text) and not page.images
+        assert why in capsys.readouterr().err
     page, _ = read_report(out, tmp_path / "moved")
-    assert len(page.images) == 2 * len(page.all("article")) > 0 and "Without images" not in page.text
+    assert len(page.images) == 2 * len(page.all("article")) > 0 and "No images" not in page.text
 
 
 @pytest.mark.parametrize(
@@ -226,30 +244,30 @@ def test_a_benchmark_that_is_gone_or_another_is_said(tmp_path, capsys):
         ("metrics.jsonl", "(?s).*", "", "metrics.jsonl: .*no step was taken yet"),
         ("metrics.jsonl", '"step": 1, "loss"', '"step": 1, loss', "metrics.jsonl: .*: line 2 col"),
         ("metrics.jsonl", '"lr": 0.1', '"lr": NaN', "metrics.jsonl: .*a number is not finite"),
-        ("checkpoint/state.json", "{", "[", "state.json: cannot be read"),
+        ("checkpoint.pt", "", "", "checkpoint.pt: cannot be read"),
         ("mmvp/pairs.csv", "before,Color", "before,Colour", "pairs.csv: .*the pairs of the two CLIPs differ"),
         ("mmvp/pairs.csv", "(?s)(after.*)after,.*", r"\1", "pairs.csv: .*the pairs of the two CLIPs differ"),
     ],
 )
-def test_no_report_of_what_no_run_wrote(tmp_path, capsys, name, old, new, message):
-    """One sentence, exit code 2, and the report that was there before is whole."""
+def test_broken_files_are_refused(tmp_path, capsys, name, old, new, message):
+    """One sentence, exit code 2, and an earlier report is kept."""
     out = write_run(tmp_path / "run", write_mmvp(tmp_path / "mmvp"))
     (out / "report.html").write_text("the last one")
-    (out / name).write_text(re.sub(old, new, (out / name).read_text()))
+    (out / name).write_text(re.sub(old, new, (out / name).read_text(errors="replace")))
     with pytest.raises(SystemExit) as stop, exit_on_user_error("report.py"):
-        report.main([str(out)])
-    said = capsys.readouterr().err
-    assert stop.value.code == 2 and said.count("\n") == 1 and re.search(message, said)
+        report.main(report.read_args([str(out)]))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and re.search(message, error)
     assert (out / "report.html").read_text() == "the last one" and not (out / "clip" / "README.md").exists()
     with pytest.raises(UserError, match="no run in this folder .args.json is missing"):
-        report.main([str(tmp_path)])
+        report.main(report.read_args([str(tmp_path)]))
 
 
 @pytest.mark.parametrize(
     "name", ["args.json", "metrics.jsonl", "mmvp/scores.json", "mmvp/pairs.csv", "mmvp-steps/scores.json"]
 )
 def test_no_broken_file_crashes_the_report(tmp_path, name):
-    """Files cut off, or with bytes changed, end in a page or in one sentence."""
+    """Truncated or altered files give a page or one sentence."""
     out, rng, refused = write_run(tmp_path / "run", write_mmvp(tmp_path / "mmvp")), np.random.default_rng(0), 0
     write_scores(out / "mmvp-steps", ["vit", "clip-1"], tmp_path / "mmvp")
     good, odd = (out / name).read_bytes(), [b'"', b",", b"\n", b"\0", b"-", b"9" * 5000, b"{", b"[", b"\xe9"]

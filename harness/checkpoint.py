@@ -25,7 +25,7 @@ def read_state(path: Path) -> dict | None:
     """
     if not path.exists():
         if path.with_suffix("").is_dir():
-            raise UserError(f"{path.parent}: its checkpoint is a folder, of an earlier version; remove the run")
+            raise UserError(f"{path.parent}: an earlier version wrote this run; it cannot be resumed; remove it")
         return None
     saved = read_checkpoint(path)
     return {key: saved[key] for key in STATE}

@@ -102,8 +102,8 @@ class Metrics:
         """Says once how long the run will take. The first step is not timed: it allocates memory and may compile."""
         if step == self.first_step:
             self.first_step_end = now
-        if step == self.first_step + TIMED_STEPS:
-            steps = self.args.steps - step - 1
+        steps = self.args.steps - step - 1
+        if step == self.first_step + TIMED_STEPS and steps:
             minutes = (now - self.first_step_end) / TIMED_STEPS * steps / 60
             time_left = f"{minutes / 60:.1f} h" if minutes > 90 else f"{minutes:.1f} min"
             self.bar.write(f"the other {steps:,} steps will take about {time_left}")

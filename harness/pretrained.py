@@ -84,11 +84,13 @@ def assumptions(source: str, tagged: bool, config: dict, preprocessing: dict) ->
     """
     assumed, folder = [], source.removeprefix("local-dir:")
     if folder != source:
-        tagged = "mean" in json.loads(Path(folder, "open_clip_config.json").read_text()).get("preprocess_cfg", {})
-    elif not tagged:
-        assumed = ["QuickGELU" if config.get("quick_gelu") else "exact GELU"]
-    if tagged:
+        saved = json.loads(Path(folder, "open_clip_config.json").read_text())
+        if "mean" in (saved.get("preprocess_cfg") or {}):
+            return ""
+    elif tagged or source.startswith("hf-hub:"):
         return ""
+    else:
+        assumed = ["QuickGELU" if config.get("quick_gelu") else "exact GELU"]
     numbers = "{mean}, std {std}, {interpolation}, {resize_mode}".format(**preprocessing)
     return " and ".join([*assumed, f"open_clip's default preprocessing (mean {numbers})"])
 

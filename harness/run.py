@@ -208,7 +208,7 @@ def comparable_settings(args: argparse.Namespace) -> dict:
 
 
 def code_hashes() -> dict[str, str]:
-    """A hash of each file of METHOD, without its comments, docstrings and layout."""
+    """A hash of each file of METHOD, without comments, docstrings and layout. It may differ between Python versions."""
     hashes = {}
     for name in METHOD:
         tree = ast.parse((ROOT / name).read_bytes())

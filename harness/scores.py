@@ -89,7 +89,7 @@ def table(clips: list[Rights], recipes: list[str | None], types: list[str]) -> s
 
     `recipes` holds each CLIP's recipe, or None. The paper's scores for a recipe get a column of their own.
     """
-    columns = [["", *type_names(types), "average", "95% interval"]]
+    columns = [["% right (chance: 25)", *type_names(types), "average", "95% interval"]]
     for k, (rights, recipe) in enumerate(zip(clips, recipes), start=1):
         for embedding, score in scores(rights, types).items():
             figures = [f"{value:.1f}" for value in [*score["types"].values(), score["average"]]]

@@ -281,7 +281,7 @@ def test_weights_come_from_the_hub(hub, after):
         model.load_clip("miniature@hf-hub:OWNER/OTHER/tower.pth")
 
 
-def test_cached_models_load_offline(hub):
+def test_cached_models_load_offline(hub, capsys):
     """φ, which has no tokenizer/config.json, and a CLIP whose tokenizer is in another repository."""
     shutil.copytree(MINIATURE / "diffusion", cached(hub, "OWNER/phi"))
     read, expected = load_phi("OWNER/phi"), load_phi(MINIATURE / "diffusion")
@@ -293,7 +293,9 @@ def test_cached_models_load_offline(hub):
     shutil.copytree(MINIATURE / "clip", tokenizer, ignore=shutil.ignore_patterns("open*"))
     config = (clip_folder / "open_clip_config.json").read_text()
     (clip_folder / "open_clip_config.json").write_text(config.replace('"own"', '"OWNER/tokenizer"'))
-    clip, miniature = model.load_clip("hf-hub:OWNER/clip"), model.load_clip("miniature")
+    capsys.readouterr()
+    clip, miniature = model.load_clip(f"hf-hub:OWNER/clip@{MINIATURE}/clip"), model.load_clip("miniature")
+    assert capsys.readouterr().err.endswith("the same weights as this CLIP's own\n")  # and assumes no preprocessing
     assert equal(clip.model.state_dict(), miniature.model.state_dict())
     assert torch.equal(clip.tokenizer()(["a red house"]), miniature.tokenizer()(["a red house"]))
     for one, other in zip(
@@ -353,7 +355,7 @@ def test_every_command_takes_clip_at_weights(tmp_path, monkeypatch, after):
     assert equal(load_file(out / "clip" / SAVED), after.state_dict())
     command = f"evaluate_mmvp.py miniature@{file} {out}/clip --mmvp {write_mmvp(tmp_path / 'mmvp')} --out {tmp_path}"
     monkeypatch.setattr(sys, "argv", command.split())
-    evaluate_mmvp.main()
+    evaluate_mmvp.main(evaluate_mmvp.read_args())
     pairs = [line.split(",", 1)[1] for line in (tmp_path / "pairs.csv").read_text().splitlines()[1:]]
     assert pairs and pairs[: len(pairs) // 2] == pairs[len(pairs) // 2 :]
 
