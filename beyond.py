@@ -24,7 +24,7 @@ from transformers import AutoTokenizer
 from condition import VisualCondition, visual_tokens
 from data import TrainingImages, collate, to_device
 from harness.errors import UserError
-from harness.pretrained import quiet
+from harness.pretrained import find_diffusion, quiet
 from model import Clip, embed_texts
 
 
@@ -106,7 +106,7 @@ def embed_phrases(clip: Clip, name: str, text: str, device, count: int = 2000) -
     mean` adds the mean over positions of the text's embedding; to subtract that mean made CLIP learn less.
     """
     with quiet():
-        tokenizer = AutoTokenizer.from_pretrained(name, subfolder="tokenizer", trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(find_diffusion(name) / "tokenizer", trust_remote_code=False)
         vocabulary = tokenizer.get_vocab()
         whole = [word for word in vocabulary if word.endswith("</w>")] or list(vocabulary)  # BPE marks a word's end
         words = sorted(word for word in (w.removesuffix("</w>") for w in whole) if word.isalpha())

@@ -54,9 +54,9 @@ def parse_recap(spec: str, num_patches: int) -> Recap:
 def visual_tokens(visual: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """CLIP's visual tokens V (Alg. 1, line 2): the class token and the local patch tokens.
 
-    Both are taken after the tower's final LayerNorm and projected into the joint space by the tower's last linear
-    layer. A tower that pools by attention (SigLIP) has no class token and no such layer: its pooled vector takes the
-    place of the class token, and its local tokens stay outside the joint space. The class token equals
+    Both are taken after the tower's final LayerNorm and pass through its last linear layer, which leads into the joint
+    space. In a tower that pools by attention or averages (SigLIP, PE-Core, CLIPA), the pooled vector takes the place of
+    the class token. With attention, the local tokens lie outside the joint space. The class token equals
     `clip.encode_image(images)` bit for bit in fp32.
 
     Args:
@@ -73,7 +73,7 @@ def visual_tokens(visual: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor
         output_fmt="NLC",
     )
     local = features["image_intermediates"][-1]  # (B, P, width)
-    if hasattr(visual, "trunk"):  # timm's; these three are the identity for SigLIP
+    if hasattr(visual, "trunk"):  # timm's; these three are identities in SigLIP
         local = visual.head(visual.trunk.head(visual.trunk.fc_norm(local)))
     elif visual.proj is not None:
         local = local @ visual.proj  # separately: one product for class and local tokens would round differently

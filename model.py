@@ -12,7 +12,7 @@ from pathlib import Path
 
 import open_clip
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from open_clip.push_to_hf_hub import save_config_for_hf
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from safetensors.torch import save_file
@@ -21,10 +21,13 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, CLIPTextModel
 
 from condition import visual_tokens
-from harness.errors import UserError
+from harness.errors import UserError, warn
 from harness.files import atomic_path
 from harness.pictures import read_image
-from harness.pretrained import check_kind, clip_options, load_part, load_tokenizer, loading, random_diffusion
+from harness.pretrained import (
+    assumptions, check_kind, clip_options, find_diffusion, load_part, load_scheduler, load_tokenizer, loading,
+    random_diffusion,
+)  # fmt: skip
 from harness.recipes import SD21, SD21_MIRROR, check_diffusion
 from harness.weights import replace_weights
 
@@ -51,6 +54,12 @@ class Clip:
         """The side of its images in pixels (224 for ViT-L-14)."""
         return self.model.visual.preprocess_cfg["size"][0]
 
+    @property
+    def pools_by_attention(self) -> bool:
+        """Whether it pools by attention (SigLIP, PE-Core), so that its local tokens lie outside the joint space."""
+        visual = self.model.visual
+        return getattr(getattr(visual, "trunk", visual), "attn_pool", None) is not None
+
     @functools.cached_property
     def mean_std(self) -> torch.Tensor:
         """Its pixels' mean and standard deviation, (2, 3, 1, 1); cached, since copying them would make a GPU wait."""
@@ -58,10 +67,14 @@ class Clip:
         return torch.tensor([cfg["mean"], cfg["std"]], device=self.model.logit_scale.device)[..., None, None]
 
     def preprocess_batch(self, images: torch.Tensor) -> torch.Tensor:
-        """For training: pixels in [0, 1] (B, 3, S, S) → CLIP's input (B, 3, s, s); bicubic, antialiased, normalized."""
-        size = self.image_size
+        """For training: pixels in [0, 1] (B, 3, S, S) → CLIP's input (B, 3, s, s), resized with antialiasing.
+
+        Interpolation, mean and standard deviation are the CLIP's own, as in `preprocess_image`.
+        """
+        bilinear = self.model.visual.preprocess_cfg["interpolation"] == "bilinear"
+        size, mode = self.image_size, "bilinear" if bilinear else "bicubic"
         if images.shape[-1] != size:
-            images = F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
+            images = F.interpolate(images, (size, size), mode=mode, antialias=True).clamp(0, 1)
         mean, std = self.mean_std
         return (images - mean) / std
 
@@ -120,6 +133,9 @@ def load_clip(name: str, random_weights: bool = False, device: str = "cpu") -> C
         model = open_clip.create_model(source, device=device, **options).eval()
         config = open_clip.get_model_config(source)
     clip = Clip(model, source, config, count_patches(model.visual, source))
+    assumed = assumptions(source, "force_quick_gelu" in options, config, model.visual.preprocess_cfg)
+    if files and assumed:
+        warn(f"{name}: assuming {assumed}")
     for i, file in enumerate(files):
         whole = i == 0 and "pretrained" not in options  # it must hold both towers
         replace_weights(model, file, whole)
@@ -138,13 +154,14 @@ def count_patches(visual: torch.nn.Module, name: str) -> int:
     """
     device = next(visual.parameters()).device
     try:
+        device = next(visual.parameters()).device
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
             cls, local = visual_tokens(visual, torch.empty(1, 3, *visual.preprocess_cfg["size"], device=device))
         if cls.ndim == 2 and local.ndim == 3 and cls.shape[-1] == local.shape[-1]:
             return local.shape[1]
     except Exception:  # open_clip and timm raise many kinds
         pass
-    raise UserError(f"{name}: its vision tower gives no class token with a sequence of local tokens of the same width")
+    raise UserError(f"{name}: its vision tower has no class token with a sequence of local tokens of the same width")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -172,8 +189,12 @@ class Diffusion:
 
     @property
     def image_size(self) -> int:
-        """The side S of its images in pixels (512 for 2.1-base)."""
-        return self.unet.config.sample_size * self.downsampling
+        """The side S of its images in pixels (512 for 2.1-base). UserError: the U-Net's configuration lacks it."""
+        size = self.unet.config.sample_size
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        if not height or height != width:
+            raise UserError(f"the U-Net's sample_size is {size}, not a number; give --image-size")
+        return height * self.downsampling
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """Pixels in [0, 1] (B, 3, S, S) → latents z (B, 4, S/8, S/8) fp32: the posterior's mean, scaled."""
@@ -195,10 +216,11 @@ def load_diffusion(name: str, text: str, dtype: torch.dtype, device, random_weig
         if random_weights:
             vae, unet, scheduler, embedding = random_diffusion(name, dtype, device)
         else:  # the small parts first, so that mistakes show before the large ones are read
-            scheduler = DDPMScheduler.from_pretrained(name, subfolder="scheduler")
+            folder = find_diffusion(name)
+            scheduler = load_scheduler(folder)
             embedding = embed_texts(name, [text], device)
-            vae = load_part(AutoencoderKL, name, "vae", torch_dtype=dtype)
-            unet = load_part(UNet2DConditionModel, name, "unet", torch_dtype=dtype)
+            vae = load_part(AutoencoderKL, folder, "vae", torch_dtype=dtype)
+            unet = load_part(UNet2DConditionModel, folder, "unet", torch_dtype=dtype)
     predicts = scheduler.config.prediction_type
     check_kind(name, vae, unet, predicts)
     for module in (vae, unet):  # Alg. 1, line 6: φ never changes
@@ -211,8 +233,9 @@ def embed_texts(name: str, texts: list[str], device="cpu", end_only: bool = Fals
 
     The text encoder is freed on return.
     """
-    tokenizer = AutoTokenizer.from_pretrained(name, subfolder="tokenizer", trust_remote_code=False)
-    encoder = load_part(CLIPTextModel, name, "text_encoder", dtype=torch.float32).eval().to(device)
+    folder = find_diffusion(name)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", trust_remote_code=False)
+    encoder = load_part(CLIPTextModel, folder, "text_encoder", dtype=torch.float32).eval().to(device)
     length = encoder.config.max_position_embeddings
     tokens = tokenizer(texts, padding="max_length", max_length=length).input_ids
     longest = max(len(ids) for ids in tokens)

@@ -1,47 +1,67 @@
-"""A CLIP in transformers' form, as multimodal language models take their vision tower.
+"""Exports a CLIP as a transformers folder, from which multimodal language models take their vision tower.
 
-    python extras/export.py runs/l14/clip l14-clip            # what a run has saved
-    python extras/export.py openai-vit-l-14-224 origin-clip   # or any CLIP that evaluate_mmvp.py takes
+    python extras/export.py runs/openai-vit-l-14-224/clip l14-clip   # the CLIP of a run
+    python extras/export.py openai-vit-l-14-224 original-clip        # or any CLIP that evaluate_mmvp.py takes
 
-AutoModel reads a CLIPModel from a ViT with a class token and a SiglipModel from a timm tower that pools by attention;
-AutoImageProcessor and AutoTokenizer read theirs. Before the folder gets its name it is loaded and compared with ours in
-fp32: image features, patch tokens (for a CLIPModel after the final LayerNorm and the projection, which follow its
-`last_hidden_state`) and text features. What differs by more than TOLERANCE is not written.
+AutoModel loads a CLIPModel for a ViT with a class token, and a SiglipModel for a SigLIP; AutoImageProcessor and
+AutoTokenizer load the rest. Other towers (EVA, PE-Core, ViTamin, MobileCLIP, CLIPA) are refused: transformers has no
+CLIP class for them. The folder is loaded and compared with the CLIP in fp32 before it gets its name: image features,
+patch tokens (of a CLIPModel after the final LayerNorm and the projection, which follow its `last_hidden_state`) and
+text features. Differences above TOLERANCE are refused.
 
-Pixels equal open_clip's with backend="pil"; transformers' default backend rounds otherwise, by at most two grey levels
-of 255. If a picture is 3, 7, 11 … pixels too long, both cut its middle one pixel beside open_clip's. Call the tokenizer
-with padding="max_length", truncation=True. It cleans texts as open_clip's does, but for curly quotes, broken encodings
-and HTML (ftfy). A CLIPTokenizer pads with the end token, where open_clip has zeros.
+Pixels equal open_clip's with backend="pil"; transformers' default backend rounds differently, by at most two gray
+levels of 255. Call the tokenizer with padding="max_length", truncation=True. It cleans texts as open_clip's does,
+except for curly quotes, broken encodings and HTML (ftfy). A CLIPTokenizer pads with the end token, open_clip with 0.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
-import re
-import string
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from harness.errors import UserError, exit_on_user_error, one_line, usage_error
+
+
+def read_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.error = usage_error
+    parser.add_argument("clip", metavar="CLIP", help="a recipe, ARCH:TAG, hf-hub:OWNER/NAME, a folder, CLIP@WEIGHTS")
+    parser.add_argument("folder", metavar="DIR", help="the folder to write; it must not exist")
+    args = parser.parse_args(argv)
+    if os.path.lexists(args.folder):
+        raise UserError(f"{args.folder}: already exists; an export needs a new folder")
+    return args
+
+
+if __name__ == "__main__":  # before the imports that take seconds, so that --help and a typo are answered at once
+    with exit_on_user_error("export.py"):
+        args = read_args()
+
+import contextlib
+import re
+import string
+import tempfile
 
 import open_clip
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import Regex, normalizers
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from condition import visual_tokens
-from harness.errors import UserError, exit_on_user_error, usage_error
-from harness.files import replaced_folder
 from harness.pretrained import quiet
+from harness.tensors import check_names
 from harness.weights import to_transformers
 from model import Clip, load_clip
 
-TOLERANCE = 5e-5  # of the largest value; at full size fp32 noise is 2e-6, and tanh in place of the exact GELU 2e-4
+TOLERANCE = 5e-5  # of the largest value; at full size fp32 noise is 2e-6, tanh in place of the exact GELU 2e-4
 TEXTS = ["", "a photo of a cat", "Two dogs, one_on the LEFT!", "it's 12:30\n\tin  São Paulo", "red blue " * 100]
-ACTIVATIONS = {  # by how torch prints them
+ACTIVATIONS = {  # torch's representation → transformers' name
     "QuickGELU()": "quick_gelu",
     "GELU(approximate='none')": "gelu",
     "GELU(approximate='tanh')": "gelu_pytorch_tanh",
@@ -50,12 +70,14 @@ ACTIVATIONS = {  # by how torch prints them
 
 
 def export(clip: Clip, folder: str | os.PathLike) -> dict[str, float]:
-    """Writes `clip` as a transformers folder in place of what is there, and returns its `differences`.
+    """Writes `clip` as the transformers folder `folder`, which must not exist, and returns its `differences`.
 
-    A tokenizer that cannot be had is left out; `clip.tokenizer_error` then says why.
+    A tokenizer that cannot be loaded is omitted; `clip.tokenizer_error` then says why.
 
-    UserError: transformers has no such CLIP, or the folder cannot be written; what was there is whole.
+    Raises:
+        UserError: transformers has no class for this CLIP, or the folder cannot be written; then nothing is left of it.
     """
+    folder = Path(folder)
     try:
         weights = to_transformers(clip.model.state_dict())
         for name, value in weights.items():
@@ -65,9 +87,12 @@ def export(clip: Clip, folder: str | os.PathLike) -> dict[str, float]:
         tokenizer = None
         with contextlib.suppress(UserError):
             tokenizer = transformers_tokenizer(clip)
-        with replaced_folder(folder) as new, quiet():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as temporary, quiet():
+            new = Path(temporary, folder.name)
             transformers_config(clip, family, tokenizer).save_pretrained(new)
             save_file(weights, new / "model.safetensors", metadata=dict(format="pt"))
+            (new / "model.safetensors").chmod(new.stat().st_mode & 0o666)  # safetensors lets only the owner read it
             image_processor(clip, family).save_pretrained(new)
             if tokenizer:
                 tokenizer.save_pretrained(new)
@@ -75,13 +100,16 @@ def export(clip: Clip, folder: str | os.PathLike) -> dict[str, float]:
             for name, difference in largest.items():
                 if not difference <= TOLERANCE:
                     raise UserError(f"its {name} differ from a {family}Model's by {difference:.1e}")
+            new.rename(folder)
     except UserError as reason:
-        raise UserError(f"{clip.source} cannot be exported: {reason}") from None
+        raise UserError(f"{clip.source}: cannot be exported: {reason}") from None
+    except (OSError, SafetensorError) as error:  # a full disk, missing permissions
+        raise UserError(f"{folder}: could not be written ({one_line(error)})") from error
     return largest
 
 
 def transformers_config(clip: Clip, family: str, tokenizer):
-    """The CLIPConfig or SiglipConfig of `clip`. UserError: a tower is not a plain transformer."""
+    """The CLIPConfig or SiglipConfig of `clip`. UserError: transformers has no class for one of its towers."""
     model = clip.model
     patches = next(module for module in model.visual.modules() if isinstance(module, nn.Conv2d))
     vision = tower_config(model.visual) | dict(image_size=clip.image_size, patch_size=patches.kernel_size[0])
@@ -89,7 +117,7 @@ def transformers_config(clip: Clip, family: str, tokenizer):
     text |= dict(vocab_size=model.vocab_size, max_position_embeddings=model.context_length)
     text |= {f"{k}_token_id": getattr(tokenizer, f"{k}_token_id", None) for k in ("bos", "eos", "pad")}
     if not tokenizer and family == "CLIP":
-        text["eos_token_id"] = model.vocab_size - 1  # the token that is read: to open_clip the highest
+        text["eos_token_id"] = model.vocab_size - 1  # open_clip reads the text's features at the highest token
     width = {"projection_dim" if family == "CLIP" else "projection_size": clip.config["embed_dim"]}
     return getattr(transformers, f"{family}Config")(
         text_config=text | width, vision_config=vision | width, architectures=[f"{family}Model"], **width
@@ -97,13 +125,11 @@ def transformers_config(clip: Clip, family: str, tokenizer):
 
 
 def tower_config(tower: nn.Module) -> dict:
-    """What the configurations of both towers say. UserError: it is not a plain transformer."""
+    """The entries that both towers' configurations share. UserError: transformers has no class for this tower."""
     blocks = [module for module in tower.modules() if hasattr(module, "attn") and hasattr(module, "mlp")]
-    if not blocks:
-        raise UserError(f"a {type(tower).__name__} is neither of open_clip nor of timm")
-    first, activation = list(blocks[0].mlp.children())[:2]
+    first, activation = list(blocks[0].mlp.children())[:2] if blocks else (None, None)
     if str(activation) not in ACTIVATIONS:
-        raise UserError(f"the activation {activation} is none of {', '.join(ACTIVATIONS)}")
+        raise UserError(f"transformers has no class for its {type(getattr(tower, 'trunk', tower)).__name__}")
     return dict(
         hidden_size=first.in_features,
         intermediate_size=first.out_features,
@@ -115,7 +141,7 @@ def tower_config(tower: nn.Module) -> dict:
 
 
 def transformers_tokenizer(clip: Clip):
-    """Its tokenizer as one of transformers, which cleans texts itself. UserError: it cannot be loaded."""
+    """Its tokenizer as a transformers tokenizer that cleans texts itself. UserError: it cannot be loaded."""
     theirs, length = clip.tokenizer(), clip.model.context_length
     if isinstance(theirs, open_clip.SimpleTokenizer):
         words = [*theirs.encoder][:-2] + ["<|startoftext|>", "<|endoftext|>"]
@@ -138,10 +164,10 @@ def transformers_tokenizer(clip: Clip):
 
 
 def image_processor(clip: Clip, family: str):
-    """Its preprocessing as an image processor of transformers. UserError: it pads."""
+    """Its preprocessing as a transformers image processor. UserError: it pads."""
     cfg, square = clip.model.visual.preprocess_cfg, dict(height=clip.image_size, width=clip.image_size)
     if cfg["resize_mode"] == "longest":
-        raise UserError("transformers has no image processor that fits the longest side and pads")
+        raise UserError("transformers has no image processor that resizes the longest side and pads")
     shortest = cfg["resize_mode"] == "shortest"
     return getattr(transformers, f"{family}ImageProcessor")(
         size=dict(shortest_edge=clip.image_size) if shortest else square,
@@ -155,14 +181,15 @@ def image_processor(clip: Clip, family: str):
 
 @torch.no_grad()
 def differences(clip: Clip, folder: Path, family: str, tokenizer) -> dict[str, float]:
-    """Loads what was exported to `folder`: its largest difference from `clip` over the largest value, by output.
+    """Loads the exported `folder`. Returns, for each output, the largest difference from `clip` over the largest value.
 
-    UserError: a weight has no place in transformers' model, or lacks there.
+    UserError: its weights do not fit transformers' model.
     """
     options = dict(output_loading_info=True, ignore_mismatched_sizes=True)
-    model, loaded = transformers.AutoModel.from_pretrained(folder, **options)
-    if odd := [key for kind in ("missing", "unexpected", "mismatched") for key in sorted(loaded[f"{kind}_keys"])]:
-        raise UserError(f"it and a {family}Model differ in {odd[0]}")
+    model, report = transformers.AutoModel.from_pretrained(folder, **options)
+    misshapen = [key for key, *_ in report["mismatched_keys"]]
+    what = f"transformers has no class for it; a {family}Model does not fit"
+    check_names(what, report["missing_keys"], report["unexpected_keys"], misshapen)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, 3, clip.image_size, clip.image_size, generator=generator)
     if tokenizer:
@@ -182,15 +209,7 @@ def differences(clip: Clip, folder: Path, family: str, tokenizer) -> dict[str, f
     return {n: float((a - b).abs().max() / b.abs().max()) for n, a, b in zip(names, theirs, ours)}
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.error = usage_error
-    parser.add_argument("clip", metavar="CLIP", help="a recipe, ARCH:TAG, hf-hub:OWNER/NAME, a folder, CLIP@WEIGHTS")
-    parser.add_argument("folder", metavar="DIR", help="where to write it; must not exist")
-    args = parser.parse_args(argv)
-    for folder in (args.folder, f"{args.folder}.new"):  # the latter is where it is written first
-        if os.path.lexists(folder):
-            raise UserError(f"{folder}: exists already; an export takes a new folder")
+def main(args: argparse.Namespace) -> None:
     clip = load_clip(args.clip)
     for name, difference in export(clip, args.folder).items():
         print(f"{name:14}  differ by {difference:.1e}")
@@ -200,4 +219,4 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     with exit_on_user_error("export.py"):
-        main()
+        main(args)

@@ -1,11 +1,9 @@
-"""The exported CLIP: transformers gives from it what open_clip gives from ours; what it cannot express is refused."""
+"""The exported CLIP gives the same outputs in transformers as in open_clip; other CLIPs are refused."""
 
-from test_smoke import write_clip  # first: it sets what the libraries read when they are imported
-
-# isort: split
 import math
 
 import pytest
+import timm
 import torch
 import transformers
 from PIL import Image
@@ -15,8 +13,9 @@ import model
 from extras import export
 from harness.errors import UserError
 from harness.recipes import MINIATURE, RECIPES
-from harness.test_weights import SIGLIP, SIGLIP_TEXT, VIT, shaken, write_tiny_siglip
+from harness.test_weights import SIGLIP, SIGLIP_TEXT, VIT, perturbed, write_tiny_siglip
 from harness.weights import read_weights
+from test_smoke import write_clip
 
 OPENAI_TEXT = dict(context_length=77, vocab_size=49408, hf_tokenizer_name=None)  # with open_clip's built-in tokenizer
 FULL_SIZE = [name for name in RECIPES if name != "miniature"]
@@ -36,10 +35,10 @@ def test_the_exported_clip_is_ours(tmp_path, capsys, name, resize_mode):
         write_clip(folder, 20, VIT, text_cfg=OPENAI_TEXT, quick_gelu=True)
     else:
         write_clip(folder, 20, VIT | dict(norm_kwargs=dict(eps=0.1)))
-    clip = shaken(model.load_clip(f"{folder}"))
+    clip = perturbed(model.load_clip(f"{folder}"))
     clip.model.visual.preprocess_cfg["resize_mode"] = resize_mode
     clip.save(folder)
-    export.main([f"{folder}", f"{out}"])
+    export.main(export.read_args([f"{folder}", f"{out}"]))
     said = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in said[:3]] == ["image features", "patch tokens", "text features"]
     assert said[3:] == [f"written: {out}"]
@@ -48,11 +47,11 @@ def test_the_exported_clip_is_ours(tmp_path, capsys, name, resize_mode):
     assert type(theirs).__name__ == ("SiglipModel" if name == "siglip" else "CLIPModel")
     image = Image.effect_noise((50, 37), 90).convert("RGB")
     ours = clip.preprocess_image(image)[None]
-    for backend, grey_levels in (("pil", 1e-3), ("torchvision", 2.01)):  # transformers' default rounds differently
+    for backend, gray_levels in (("pil", 1e-3), ("torchvision", 2.01)):  # transformers' default rounds differently
         processor = transformers.AutoImageProcessor.from_pretrained(out, backend=backend)
         pixels = processor(images=image, return_tensors="pt").pixel_values
         std = torch.tensor(clip.model.visual.preprocess_cfg["std"])[:, None, None]
-        assert ((pixels - ours) * std * 255).abs().max() < grey_levels
+        assert ((pixels - ours) * std * 255).abs().max() < gray_levels
 
     texts = ["a photo of red hat", " Two\n dogs,  left_right! ", "", "blue " * 100]
     ids, tokenizer = clip.tokenizer()(texts), transformers.AutoTokenizer.from_pretrained(out)
@@ -68,7 +67,7 @@ def test_the_exported_clip_is_ours(tmp_path, capsys, name, resize_mode):
         assert relative(theirs.get_image_features(ours).pooler_output, cls) < 1e-5
         assert relative(patches, local) < 1e-5
         assert relative(theirs.get_text_features(**tokens).pooler_output, clip.model.encode_text(ids)) < 1e-5
-        if name != "siglip":  # what LLaVA reads
+        if name != "siglip":  # LLaVA reads this layer
             vision = transformers.CLIPVisionModel.from_pretrained(out)(ours, output_hidden_states=True)
             before = clip.model.visual.forward_intermediates(ours, indices=2, output_fmt="NLC")["image_intermediates"]
             assert relative(vision.hidden_states[-2][:, 1:], before[0]) < 1e-5
@@ -76,43 +75,52 @@ def test_the_exported_clip_is_ours(tmp_path, capsys, name, resize_mode):
         if getattr(clip.model, scalar) is not None:
             assert getattr(theirs, scalar).item() == getattr(clip.model, scalar).item()
 
-    back = model.load_clip(f"{folder}@{out}").model.state_dict()  # and CLIP@WEIGHTS is the way back
+    back = model.load_clip(f"{folder}@{out}").model.state_dict()
     assert all(torch.equal(value, back[key]) for key, value in clip.model.state_dict().items())
 
 
 def test_the_miniature_is_exported(tmp_path):
     clip = model.load_clip(f"{MINIATURE}/clip")
-    (tmp_path / "exported.old").mkdir()  # a person's, who has made room
-    assert max(export.export(clip, tmp_path / "exported").values()) < 5e-6
-    assert (tmp_path / "exported.old").exists()
-    with pytest.raises(UserError, match="exported: exists already; an export takes a new folder"):
-        export.main([f"{MINIATURE}/clip", f"{tmp_path}/exported"])
+    assert max(export.export(clip, tmp_path / "new" / "exported").values()) < 5e-6
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["exported"]
+    assert len({path.stat().st_mode for path in (tmp_path / "new" / "exported").iterdir()}) == 1
+    with pytest.raises(UserError, match="exported: already exists; an export needs a new folder"):
+        export.read_args([f"{MINIATURE}/clip", f"{tmp_path}/new/exported"])
+
+
+@timm.models.register_model
+def tiny_eva(pretrained=False, **options):
+    sizes = dict(img_size=18, patch_size=6, embed_dim=24, depth=1, num_heads=2)
+    return timm.models.eva.Eva(num_classes=0, swiglu_mlp=True, **sizes)
 
 
 TIMM = dict(custom_text=True, init_logit_bias=-10)
 MASKED = SIGLIP_TEXT | dict(no_causal_mask=False, layers=2)
+CLIPA = VIT | dict(pool_type="avg", final_ln_after_pool=True)
 CLASS_TOKEN = SIGLIP | dict(timm_model_name="test_vit", image_size=160)
 REFUSED = [
-    (24, VIT | dict(ls_init_value=0.1), {}, "it and a CLIPModel differ in vision_model.encoder.layers.0.ls_1.gamma"),
-    (24, VIT | dict(no_ln_pre=True), {}, "it and a CLIPModel differ in vision_model.pre_layrnorm.bias"),
-    (24, VIT, dict(init_logit_bias=-10), "it and a CLIPModel differ in logit_bias"),
+    (24, CLIPA, {}, "image features differ from a CLIPModel's by "),
+    (24, SIGLIP | dict(timm_model_name="tiny_eva"), dict(custom_text=True), "transformers has no class for its Eva"),
+    (24, VIT | dict(ls_init_value=0.1), {}, "CLIPModel does not fit: unexpected weight vision_model.*ls_1.gamma"),
+    (24, VIT | dict(no_ln_pre=True), {}, "CLIPModel does not fit: missing weight vision_model.pre_layrnorm.bias"),
+    (24, VIT, dict(init_logit_bias=-10), "CLIPModel does not fit: unexpected weight logit_bias"),
     (24, VIT, dict(text_cfg=dict(pool_type="first")), "its text features differ from a CLIPModel's by "),
     (24, SIGLIP, TIMM | dict(text_cfg=MASKED), "its text features differ from a SiglipModel's by "),
-    (24, SIGLIP, TIMM, "it and a SiglipModel differ in text_model.head.bias"),
-    (64, CLASS_TOKEN, TIMM | dict(text_cfg=SIGLIP_TEXT), "differ in vision_model.cls_token"),
+    (24, SIGLIP, TIMM, "SiglipModel does not fit: missing weight text_model.head.bias"),
+    (64, CLASS_TOKEN, TIMM | dict(text_cfg=SIGLIP_TEXT), "does not fit: unexpected weight vision_model.cls_token"),
 ]
 
 
 @pytest.mark.parametrize("width, vision, more, message", REFUSED)
-def test_what_transformers_cannot_express_is_refused(tmp_path, width, vision, more, message):
+def test_clips_without_a_transformers_class_are_refused(tmp_path, width, vision, more, message):
     folder = write_clip(tmp_path / "clip", width, vision, **more)
-    with pytest.raises(UserError, match=f"local-dir:{folder} cannot be exported: .*{message}") as stop:
-        export.main([f"{folder}", f"{tmp_path}/exported"])
+    with pytest.raises(UserError, match=f"local-dir:{folder}: cannot be exported: .*{message}") as stop:
+        export.main(export.read_args([f"{folder}", f"{tmp_path}/exported"]))
     assert "\n" not in str(stop.value) and [path.name for path in tmp_path.iterdir()] == ["clip"]
 
 
 def spoil(clip: model.Clip, value: float) -> None:
-    clip.model.token_embedding.weight.data[5, 0] = value  # of a word that no text of the comparison has
+    clip.model.token_embedding.weight.data[5, 0] = value  # of a word that the compared texts lack
 
 
 @pytest.mark.parametrize(
@@ -120,8 +128,8 @@ def spoil(clip: model.Clip, value: float) -> None:
     [
         (lambda clip: spoil(clip, math.nan), "its text_model.embeddings.token_embedding.weight is not finite"),
         (lambda clip: spoil(clip, math.inf), "its text_model.embeddings.token_embedding.weight is not finite"),
-        (lambda clip: clip.model.visual.preprocess_cfg.update(resize_mode="longest"), "fits the longest side and pads"),
-        (lambda clip: setattr(clip.model.transformer.resblocks[0].mlp, "gelu", torch.nn.SiLU()), "SiLU.* is none of"),
+        (lambda clip: clip.model.visual.preprocess_cfg.update(resize_mode="longest"), "no image processor"),
+        (lambda clip: setattr(clip.model.transformer.resblocks[0].mlp, "gelu", torch.nn.SiLU()), "no class for its"),
     ],
 )
 def test_a_changed_clip_is_refused(tmp_path, change, message):
@@ -132,10 +140,10 @@ def test_a_changed_clip_is_refused(tmp_path, change, message):
     assert not any(tmp_path.iterdir())
 
 
-def test_a_clip_without_its_tokenizer_is_exported_all_the_same(tmp_path, capsys):
+def test_a_clip_without_a_tokenizer_is_exported(tmp_path, capsys):
     folder, out = write_tiny_siglip(tmp_path / "clip"), tmp_path / "exported"
     (folder / "tokenizer_config.json").unlink()
-    export.main([f"{folder}", f"{out}"])
+    export.main(export.read_args([f"{folder}", f"{out}"]))
     assert f"without a tokenizer: {folder}: this CLIP was saved without its tokenizer" in capsys.readouterr().out
     names = sorted(path.name for path in out.iterdir())
     assert names == ["config.json", "model.safetensors", "preprocessor_config.json"]
@@ -144,12 +152,13 @@ def test_a_clip_without_its_tokenizer_is_exported_all_the_same(tmp_path, capsys)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FULL_SIZE)
 def test_every_architecture_is_exported_and_read_back(tmp_path, name):
-    clip = shaken(model.load_clip(name, random_weights=True))
+    clip = perturbed(model.load_clip(name, random_weights=True))
     differences = export.export(clip, tmp_path / "exported")
     print(name, differences)
     assert max(differences.values()) < 5e-6
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "exported", backend="pil")
     image = Image.effect_noise((500, 333), 90).convert("RGB")
-    assert (processor(images=image, return_tensors="pt").pixel_values[0] - clip.preprocess_image(image)).abs().max() < 1e-5
+    pixels = processor(images=image, return_tensors="pt").pixel_values[0]
+    assert (pixels - clip.preprocess_image(image)).abs().max() < 1e-5
     back = read_weights(f"{tmp_path}/exported", clip.model)
     assert all(torch.equal(value, back[key]) for key, value in clip.model.state_dict().items())

@@ -1,11 +1,14 @@
-"""Pretrained models as libraries and hubs give them: without their chatter, and with every weight from the files."""
+"""Loads pretrained models quietly, and refuses those whose weights or kind do not fit."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import json
 import logging
 import os
 import pickle
+import re
 import warnings
 from pathlib import Path
 
@@ -15,41 +18,32 @@ import torch
 import transformers
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from open_clip.pretrained import get_pretrained_cfg
+from open_clip.tokenizer import HFTokenizer
 
 from harness.errors import UserError, one_line
+from harness.hub import fetch
 from harness.recipes import locate_clip, split_weights
-from harness.tensors import first_of, refuse_placeholder
+from harness.tensors import check_names, refuse_placeholder
 
-FORMS = (  # of a part's files: the first form that is there is read, pickled ones as tensors alone (`weights_only`)
-    dict(use_safetensors=True),
-    dict(use_safetensors=True, variant="fp16"),
-    dict(use_safetensors=False),
-    dict(use_safetensors=False, variant="fp16"),
-)
+for library in (diffusers.utils.logging, transformers.utils.logging):
+    library.disable_progress_bar()
 
 
 @contextlib.contextmanager
 def quiet():
-    """Keeps the libraries' chatter (progress bars, warnings, unused weights) off the terminal while they load."""
+    """Silences the libraries' warnings and reports while they load models; errors are raised as well."""
     level = logging.root.manager.disable
-    libraries = [diffusers.utils.logging, transformers.utils.logging]
-    with_bars = [library for library in libraries if library.is_progress_bar_enabled()]
-    for library in with_bars:
-        library.disable_progress_bar()
-    logging.disable(max(level, logging.ERROR))  # an error is raised as well, and said once
+    logging.disable(max(level, logging.ERROR))
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             yield
     finally:
         logging.disable(level)
-        for library in with_bars:
-            library.enable_progress_bar()
 
 
 @contextlib.contextmanager
 def loading(what: str, way_out: str = ""):
-    """Loads quietly. Whatever open_clip, diffusers, transformers, safetensors or the hub raises is a UserError."""
+    """Loads `what` quietly. UserError: whatever open_clip, diffusers, transformers, safetensors or the hub raises."""
     try:
         with quiet():
             yield
@@ -58,9 +52,9 @@ def loading(what: str, way_out: str = ""):
 
 
 def clip_options(name: str, random_weights: bool) -> tuple[str, dict, list[str]]:
-    """What open_clip calls a CLIP, the options of its `create_model`, and which weights to put in place after that.
+    """open_clip's name of a CLIP, the options of `create_model`, and the weights to load afterwards.
 
-    These are a folder's, read by harness/weights.py because it is strict, and those after an @.
+    Those are a folder's, which harness/weights.py reads strictly, and those after an @.
 
     Raises:
         UserError: there is no such CLIP.
@@ -73,9 +67,9 @@ def clip_options(name: str, random_weights: bool) -> tuple[str, dict, list[str]]
         published = get_pretrained_cfg(source, tag)
         if not published:
             known = ", ".join(open_clip.list_pretrained_tags_by_model(source)) or "none: no such architecture"
-            raise UserError(f"{name}: open_clip has no weights of that name (for {source}: {known})")
-        options["force_quick_gelu"] = published.get("quick_gelu", False)  # the activation that the weights know
-        if random_weights:  # no weights are loaded, so their preprocessing is given
+            raise UserError(f"{name}: unknown tag; open_clip's tags for {source}: {known}")
+        options["force_quick_gelu"] = published.get("quick_gelu", False)  # the activation of the weights
+        if random_weights:  # otherwise open_clip takes the preprocessing from the tag
             options["force_preprocess_cfg"] = {k: published[k] for k in ("mean", "std", "interpolation", "resize_mode")}
     files = [folder] if folder != source else []
     if weights:
@@ -83,78 +77,127 @@ def clip_options(name: str, random_weights: bool) -> tuple[str, dict, list[str]]
     return source, options, [] if random_weights else files
 
 
+def assumptions(source: str, tagged: bool, config: dict, preprocessing: dict) -> str:
+    """What open_clip assumes about a CLIP that does not say it, in words; "" if nothing.
+
+    An architecture without a tag says neither activation nor preprocessing, and a folder may lack the preprocessing.
+    """
+    assumed, folder = [], source.removeprefix("local-dir:")
+    if folder != source:
+        saved = json.loads(Path(folder, "open_clip_config.json").read_text())
+        if "mean" in (saved.get("preprocess_cfg") or {}):
+            return ""
+    elif tagged or source.startswith("hf-hub:"):
+        return ""
+    else:
+        assumed = ["QuickGELU" if config.get("quick_gelu") else "exact GELU"]
+    numbers = "{mean}, std {std}, {interpolation}, {resize_mode}".format(**preprocessing)
+    return " and ".join([*assumed, f"open_clip's default preprocessing (mean {numbers})"])
+
+
 def load_tokenizer(source: str, config: dict):
-    """The tokenizer of an open_clip CLIP: one that is built in, or that of its folder, or the hub's (SigLIP's).
+    """The tokenizer of an open_clip CLIP: one that is built in, or that of its folder, or one from the hub (SigLIP's).
 
     Raises:
         UserError: it cannot be loaded.
     """
-    folder, options = source.removeprefix("local-dir:"), {}
-    if config["text_cfg"].get("hf_tokenizer_name"):  # else it is built into open_clip
-        options["trust_remote_code"] = False
-        if folder != source and not Path(folder, "tokenizer_config.json").is_file():
-            raise UserError(f"{folder}: this CLIP was saved without its tokenizer")
+    text, folder = config["text_cfg"], Path(source.removeprefix("local-dir:"))
+    hub_name = text.get("hf_tokenizer_name")  # else it is built in
+    if hub_name and source.startswith("local-dir:") and not (folder / "tokenizer_config.json").is_file():
+        raise UserError(f"{folder}: this CLIP was saved without its tokenizer")
     with loading(f"the tokenizer of {source}"):
-        return open_clip.get_tokenizer(source, **options)
+        if not hub_name:
+            return open_clip.get_tokenizer(source)
+        if not source.startswith("local-dir:"):  # a folder loads offline, where transformers asks for a config.json
+            folder = fetch(hub_name, "*.json", "*.txt", "*.model")
+        options = dict(context_length=text.get("context_length", 77), tokenizer_mode=text.get("tokenizer_mode"))
+        return HFTokenizer(f"{folder}", trust_remote_code=False, **options, **text.get("tokenizer_kwargs", {}))
 
 
-def load_part(kind: type, name: str, part: str, **options) -> torch.nn.Module:
-    """A part of a Stable Diffusion: a `kind` of diffusers' or transformers', with the weights of `name`/`part`.
+@functools.cache
+def find_diffusion(name: str) -> Path:
+    """The folder of a diffusion model: `name`, or the local copy of the hub's repository OWNER/NAME.
 
     Raises:
-        UserError: there are none; or a weight is missing, left over or of another shape, where the libraries go on
-            with random ones.
+        UserError: it cannot be fetched.
+    """
+    if os.path.isdir(name):
+        return Path(name)
+    parts = ("text_encoder", "unet", "vae")
+    weights = [f"{part}/*model.safetensors" for part in parts]
+    folder = fetch(name, "scheduler/*", "tokenizer/*", *(f"{part}/config.json" for part in parts), *weights)
+    if not all(list(folder.glob(pattern)) for pattern in weights):  # they have other names: .fp16., .bin, shards
+        fetch(name, *(f"{part}/*" for part in parts))
+    return folder
+
+
+def load_part(kind: type, folder: Path, part: str, **options) -> torch.nn.Module:
+    """A part of a Stable Diffusion: a `kind` of diffusers or transformers, with the weights in `folder`/`part`.
+
+    Raises:
+        UserError: it has no weights, or one is missing, unexpected or of another shape, which the libraries tolerate.
     """
     options |= dict(subfolder=part, output_loading_info=True, ignore_mismatched_sizes=True)
-    folder, missing = Path(name, part), None
-    for form in FORMS:
+    for variant in (None, "fp16"):
         try:
-            module, report = kind.from_pretrained(name, **options, **form)
+            module, report = kind.from_pretrained(folder, variant=variant, **options)
             break
         except Exception as error:
-            if "file named" not in str(error):  # it is there, and cannot be read
-                for file in folder.glob("*.safetensors" if form["use_safetensors"] else "*.bin"):
-                    refuse_placeholder(file)
-                pickled = isinstance(error, pickle.UnpicklingError)  # its message advises to execute them
-                reason = "holds pickled objects that are no tensors" if pickled else one_line(error)
-                raise UserError(f"its {part}: {reason}") from error
-            missing = missing or error
+            if "no file named" in str(error):  # the next variant may be there
+                continue
+            for file in [*(folder / part).glob("*.safetensors"), *(folder / part).glob("*.bin")]:
+                refuse_placeholder(file)
+            pickled = isinstance(error, pickle.UnpicklingError)  # its message advises to execute them
+            reason = "contains pickled objects other than tensors" if pickled else one_line(error)
+            raise UserError(f"its {part}: {reason}") from error
     else:
-        others = sorted(path.name for path in folder.glob("*") if path.suffix != ".json")
-        way_out = f" Give that name to the right one of {', '.join(others)}" if others else ""
-        raise UserError(f"its {part}: {one_line(missing)}{way_out}")
-    mismatched = [key for key, *_ in report["mismatched_keys"]]
-    for keys, problem in (
-        (report["missing_keys"], "has no {}"),
-        (report["unexpected_keys"], "has {}, for which there is no place"),
-        (mismatched, "has another shape of {} than its config.json says"),
-    ):
-        if keys:
-            raise UserError(f"its {part} {problem.format(first_of(sorted(keys)))}")
+        expected = f"{'model' if part == 'text_encoder' else 'diffusion_pytorch_model'}.safetensors"
+        others = sorted(path.name for path in (folder / part).glob("*") if path.suffix != ".json")
+        if any(re.search(r"-\d{5}-of-\d{5}\.", other) for other in others):
+            advice = f"; its shards need {expected}.index.json"
+        else:
+            advice = f"; rename the right one of {', '.join(others)} to {expected}" if others else ""
+        raise UserError(f"its {part} has no {expected}{advice}")
+    misshapen = [f"{key} {tuple(found)} instead of {tuple(own)}" for key, found, own in report["mismatched_keys"]]
+    check_names(f"its {part}", report["missing_keys"], report["unexpected_keys"], misshapen)
     return module
 
 
+def load_scheduler(folder: Path | str) -> DDPMScheduler:
+    """The noise schedule ᾱ of `folder`/scheduler. UserError: its configuration does not define one of DDPM's kind."""
+    config = DDPMScheduler.load_config(folder, subfolder="scheduler")
+    needed = {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule"}
+    if "FlowMatch" in config.get("_class_name", "") or not (config.get("trained_betas") or needed <= config.keys()):
+        raise UserError(
+            f"its scheduler, a {config.get('_class_name')}, has no noise schedule of DDPM's kind; expected "
+            f"{', '.join(sorted(needed))} in scheduler/scheduler_config.json"
+        )
+    return DDPMScheduler.from_config(config)
+
+
 def check_kind(name: str, vae: torch.nn.Module, unet: torch.nn.Module, prediction_type: str) -> None:
-    """UserError for what is no plain Stable Diffusion: SDXL, an inpainting or upscaling one, one that predicts else."""
+    """UserError unless it is a plain Stable Diffusion: not SDXL, LCM, inpainting, upscaling or flow matching."""
     reads, gives = unet.config.in_channels, vae.config.latent_channels
-    more = unet.config.addition_embed_type or unet.config.class_embed_type  # SDXL's and others' further conditions
+    conditions = ("addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type")
+    conditions += ("time_cond_proj_dim",)  # LCM's guidance scale
+    more = [condition for condition in conditions if unet.config.get(condition) is not None]
     if prediction_type not in ("epsilon", "v_prediction") or reads != gives or more:
         raise UserError(
-            f"{name}: no Stable Diffusion 1.x or 2.x (it predicts {prediction_type}; its VAE gives {gives} channels, "
-            f"its U-Net reads {reads}{f' and a condition of kind {more}' if more else ''})"
+            f"{name}: not a Stable Diffusion 1.x or 2.x: it predicts {prediction_type}, its VAE has {gives} latent "
+            f"channels, its U-Net reads {reads}{f' and has {more[0]}' if more else ''}"
         )
 
 
 def random_diffusion(name: str, dtype: torch.dtype, device) -> tuple:
-    """VAE, U-Net, scheduler and a text's embedding (1, 77, W), all seeded and random.
+    """VAE, U-Net, scheduler and a text embedding (1, 77, W), with seeded random values.
 
-    The architectures are those of a folder, else those of 2.1-base.
+    The architectures are those of the folder `name`, or else those of 2.1-base.
     """
     if os.path.isdir(name):
         vae = AutoencoderKL.load_config(name, subfolder="vae")
         unet = UNet2DConditionModel.load_config(name, subfolder="unet")
-        scheduler = DDPMScheduler.load_config(name, subfolder="scheduler")
-    else:  # where 2.1-base differs from diffusers' defaults
+        scheduler = load_scheduler(name)
+    else:  # 2.1-base, where it differs from diffusers' defaults
         vae = dict(
             block_out_channels=(128, 256, 512, 512), layers_per_block=2,
             down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
@@ -162,9 +205,9 @@ def random_diffusion(name: str, dtype: torch.dtype, device) -> tuple:
         unet = dict(
             sample_size=64, cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True
         )
-        scheduler = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+        scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     torch.manual_seed(0)  # every process draws the same φ
     with torch.device(device):
         vae = AutoencoderKL.from_config(vae).to(dtype)
         unet = UNet2DConditionModel.from_config(unet).to(dtype)
-    return vae, unet, DDPMScheduler.from_config(scheduler), torch.randn(1, 77, unet.config.cross_attention_dim)
+    return vae, unet, scheduler, torch.randn(1, 77, unet.config.cross_attention_dim)

@@ -212,10 +212,11 @@ def locate_clip(name: str, random_weights: bool = False) -> tuple[str, str | Non
     """
     name, weights = split_weights(name)
     if weights is not None and not (re.fullmatch("hf-hub:[^/]+/[^/]+/.+", weights) or os.path.exists(weights)):
-        revision = "; for a revision, download it and name its folder" if name.startswith("hf-hub:") else ""
-        raise UserError(
-            f"{weights}: no such weights; expected a file, a folder, or hf-hub:OWNER/NAME/PATH after the @{revision}"
-        )
+        advice = "expected a file, a folder, or hf-hub:OWNER/NAME/PATH after the @"
+        if name.startswith("hf-hub:"):
+            command = f"hf download {name.removeprefix('hf-hub:')} --revision {weights} --local-dir DIR"
+            advice += f"; for a revision, run `{command}` and name DIR"
+        raise UserError(f"{weights}: no such weights; {advice}")
     if name in RECIPES:
         name = RECIPES[name].clip
     if name.startswith("hf-hub:"):

@@ -1,4 +1,4 @@
-"""What files of weights hold, by their bytes and whatever they are called. Nothing that is pickled is executed."""
+"""Reads files of weights by their content, whatever their names. Pickled code is never executed."""
 
 from __future__ import annotations
 
@@ -6,40 +6,43 @@ import pickle
 import re
 import warnings
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from huggingface_hub import hf_hub_download, snapshot_download
 from safetensors.torch import load_file
 
 from harness.errors import UserError, one_line
+from harness.hub import fetch
 
 NO_WEIGHTS = re.compile(r"(.*\.)?(input_resolution|context_length|vocab_size|position_ids)")  # OpenAI's, transformers'
 WRAPPERS = re.compile(r"_(orig_mod|(fsdp|checkpoint)_wrapped_module)\.")  # torch's, of single blocks
 FILES = ["open_clip_*.safetensors", "open_clip_*.bin", "model*.safetensors", "pytorch_model*.bin"]  # of a folder, in
 FILES += ["*.safetensors", "*.bin", "*.pth"]  # this order
-OPENAI = {257: "openai-vit-l-14-224", 577: "openai-vit-l-14-336"}  # tokens of OpenAI's own ViT-L-14 → the recipe
 Tensors = dict[str, torch.Tensor]
 
 
 def read_tensors(source: str) -> Tensors:
-    """What the file, or the files of the folder, hold by name; dicts inside dicts give names with dots.
+    """The tensors of a file, a folder or `hf-hub:OWNER/NAME/PATH` by name; nested dicts give names with dots.
 
     Raises:
-        UserError: it is not a dict of tensors, or it is not clear which files are meant.
+        UserError: it holds no dict of tensors, or it is ambiguous which files are meant.
     """
-    path = fetch(source) if source.startswith("hf-hub:") else Path(source)
+    path = Path(source)
+    if source.startswith("hf-hub:"):
+        owner, name, inside = source.removeprefix("hf-hub:").split("/", 2)
+        path = fetch(f"{owner}/{name}", inside, f"{inside}/*model*") / inside  # a file, or a folder
     tensors = {}
     for file in weight_files(path) if path.is_dir() else [path]:
-        tensors |= flat(read_file(file))
+        tensors |= flatten(read_file(file))
     return {WRAPPERS.sub("", name): value for name, value in tensors.items() if not NO_WEIGHTS.fullmatch(name)}
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files of a folder that hold one model's weights: one, or the parts NAME-0000i-of-0000n.
+    """The files of a folder that hold the weights of one model: one file, or the shards NAME-0000i-of-0000n.
 
     Raises:
-        UserError: there are none, or of several models, or a part is missing.
+        UserError: there are none, or those of several models, or a shard is missing.
     """
     for pattern in FILES:
         names = sorted(file.name for file in folder.glob(pattern))
@@ -47,21 +50,21 @@ def weight_files(folder: Path) -> list[Path]:
             break
     else:
         raise UserError(f"{folder}: no weights in this folder ({', '.join(FILES)})")
-    expected, part = names[:1], re.fullmatch(r"(.+)-\d{5}-of-(\d{5})(\.\w+)", names[0])
-    if part:
-        expected = [f"{part[1]}-{i:05}-of-{part[2]}{part[3]}" for i in range(1, int(part[2]) + 1)]
+    expected, shard = names[:1], re.fullmatch(r"(.+)-\d{5}-of-(\d{5})(\.\w+)", names[0])
+    if shard:
+        expected = [f"{shard[1]}-{i:05}-of-{shard[2]}{shard[3]}" for i in range(1, int(shard[2]) + 1)]
     if others := [name for name in names if name not in expected]:
-        raise UserError(f"{folder}: are the weights in {names[0]} or in {first_of(others)}? name the file itself")
+        raise UserError(f"{folder}: holds both {names[0]} and {first_of(others)}; name the file itself")
     if missing := [name for name in expected if name not in names]:
-        raise UserError(f"{folder}: a part of the weights is missing: {first_of(missing)}")
+        raise UserError(f"{folder}: missing shard {first_of(missing)}")
     return [folder / name for name in names]
 
 
 def read_file(file: Path) -> dict:
-    """What safetensors or torch.load makes of a file, by its bytes, whatever its name.
+    """The content of a file of safetensors or torch.save, which is recognized by its first bytes.
 
     Raises:
-        UserError: it is neither's, or broken, or holds something else.
+        UserError: the file is of neither format, or broken, or holds something else.
     """
     try:
         refuse_placeholder(file)
@@ -72,64 +75,58 @@ def read_file(file: Path) -> dict:
         if head.startswith(b"PK"):
             refuse_torchscript(file)
         elif not head.startswith(b"\x80"):  # a pickle
-            raise ValueError("it is neither of safetensors nor of torch.save")
-        with open(file, "rb") as opened, warnings.catch_warnings(action="ignore"):  # about old forms of torch's files
-            content = torch.load(opened, "cpu", weights_only=True)  # opened, as torch would go by the name
+            raise ValueError("neither safetensors nor torch.save wrote it")
+        with open(file, "rb") as opened, warnings.catch_warnings(action="ignore"):  # about torch's old file formats
+            content = torch.load(opened, "cpu", weights_only=True)  # not by path: torch looks at the suffix
         if not isinstance(content, dict):
-            raise ValueError(f"it holds a {type(content).__name__}, not tensors by name")
+            raise ValueError(f"expected a dict of tensors, got a {type(content).__name__}")
         return content
     except UserError:
         raise
     except pickle.UnpicklingError:  # its message advises to execute them
-        raise UserError(f"{file}: holds pickled objects that are no tensors; nothing pickled is executed") from None
+        raise UserError(f"{file}: contains pickled objects other than tensors, which are not executed") from None
     except Exception as error:  # whatever torch and safetensors make of a broken file
         raise UserError(f"{file}: could not be read as weights: {one_line(error).split('. ')[0]}") from error
 
 
 def refuse_placeholder(file: Path) -> None:
-    """UserError for what lies in the place of weights after a clone without git-lfs, or after a failed download."""
+    """UserError for a git-lfs pointer, and for a web page that was saved in place of weights."""
     with open(file, "rb") as opened:
         head = opened.read(100)
     if head.startswith(b"version https://git-lfs"):
-        raise UserError(f"{file}: is a pointer of git-lfs, not the weights; `git lfs pull` in its folder fetches them")
+        raise UserError(f"{file}: is a git-lfs pointer, not the weights; run `git lfs pull` in its folder")
     if head.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"<"):
         raise UserError(f"{file}: is a web page (HTML or XML), not weights; download the file itself")
 
 
 def refuse_torchscript(file: Path) -> None:
-    """UserError for a TorchScript program, in which OpenAI publishes its CLIPs; it says where the weights are."""
+    """UserError for a TorchScript program, the format in which OpenAI publishes its CLIPs."""
     with zipfile.ZipFile(file) as archive:
-        sizes = {entry.filename.partition("/")[2]: entry.file_size for entry in archive.infolist()}
-    if "constants.pkl" in sizes:
-        known = "ARCH:openai, such as ViT-B-16:openai"
-        for positions, recipe in OPENAI.items():
-            if positions * 1024 * 2 in sizes.values():  # bytes of the positional embedding, in fp16
-                known = f"the recipe {recipe}"
-        raise UserError(f"{file}: is a TorchScript program, and is not executed; the weights of OpenAI's: {known}")
+        if any(entry.partition("/")[2] == "constants.pkl" for entry in archive.namelist()):
+            raise UserError(
+                f"{file}: is a TorchScript program, which is not executed; for OpenAI's weights name ARCH:openai, such "
+                f"as ViT-L-14:openai"
+            )
 
 
-def flat(content: dict, prefix: str = "") -> Tensors:
-    """Tensors by name; those of a dict under a name have it and a dot before theirs."""
+def flatten(content: dict, prefix: str = "") -> Tensors:
+    """The tensors of nested dicts, by the dicts' keys joined with dots."""
     tensors = {}
     for name, value in content.items():
         if torch.is_tensor(value):
             tensors[f"{prefix}{name}"] = value
         elif isinstance(value, dict):
-            tensors |= flat(value, f"{prefix}{name}.")
+            tensors |= flatten(value, f"{prefix}{name}.")
     return tensors
+
+
+def check_names(what: str, missing: Iterable[str], unexpected: Iterable[str], misshapen: Iterable[str]) -> None:
+    """UserError, which begins with `what`, if weights and model do not fit each other."""
+    for problem, names in (("missing", missing), ("unexpected", unexpected), ("wrongly shaped", misshapen)):
+        if names := sorted(names):
+            raise UserError(f"{what}: {problem} weight {first_of(names)}")
 
 
 def first_of(names: list[str]) -> str:
     """The first name, and how many more there are."""
-    return names[0] + (f" (and {len(names) - 1} more such names)" if len(names) > 1 else "")
-
-
-def fetch(source: str) -> Path:
-    """The local copy of `hf-hub:OWNER/NAME/PATH`, a file of a hub's repository or a folder in it."""
-    owner, name, path = source.removeprefix("hf-hub:").split("/", 2)
-    try:
-        if path.endswith((".pth", ".pt", ".ckpt", ".bin", ".safetensors")):
-            return Path(hf_hub_download(f"{owner}/{name}", path))
-        return Path(snapshot_download(f"{owner}/{name}", allow_patterns=f"{path}/*model*")) / path
-    except Exception as error:  # the hub's client raises many kinds
-        raise UserError(f"{source} could not be fetched from the hub: {one_line(error)}") from error
+    return names[0] + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")

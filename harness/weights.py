@@ -1,14 +1,14 @@
-"""Weights of a CLIP as others publish them, under open_clip's names; and under transformers' names, for the export.
+"""Reads published weights of a CLIP under open_clip's names; renames them to transformers' names for the export.
 
 A file or a folder (see harness/tensors.py) holds one of these:
 
     the whole CLIP             under open_clip's names, or OpenAI's (as DIVA's), or transformers' (GenHancer's, DCR's)
-    the vision tower alone     under the same names, with `visual.` or `vision_model.` before them or not (un²CLIP's)
+    the vision tower alone     under the same names, with or without the prefix `visual.` or `vision_model.` (un²CLIP's)
 
-It may lie inside something else, such as a training state (`state_dict`, `model`, `ema`, …) or the whole model of the
-released DIVA: it is known by its vision tower, of which there must be one; what else is there is named and left aside.
-transformers' CLIPVisionModel has no projection and is refused; its CLIPModel and its CLIPVisionModelWithProjection
-have one.
+They may be nested in something else, such as a training state (`state_dict`, `model`, `ema`, …) or the released DIVA's
+whole model: the CLIP is found by its vision tower, of which there must be exactly one, and everything else is ignored
+with a warning. transformers' CLIPVisionModel has no projection and is refused; use its CLIPModel or its
+CLIPVisionModelWithProjection.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import re
 import torch
 
 from harness.errors import UserError, one_line, warn
-from harness.tensors import Tensors, first_of, read_tensors
+from harness.tensors import Tensors, check_names, read_tensors
 
-NAMES = [  # of open_clip and of timm → of transformers, one after the other
+NAMES = [  # regular expressions, applied in this order: open_clip's and timm's names → transformers'
     (r"^(positional_embedding|token_embedding|transformer|ln_final|text_projection)", r"text.\1"),  # of a plain CLIP
     (r"^visual\.proj$", "visual_projection.weight"),
     (r"^text\.text_projection$", "text_projection.weight"),
@@ -46,100 +46,94 @@ NAMES = [  # of open_clip and of timm → of transformers, one after the other
     (r"\.attn_pool\.norm\.", ".head.layernorm."),
     (r"\.attn_pool\.mlp\.", ".head.mlp."),
 ]
-PATCH_EMBEDDINGS = {  # the name shows the form → what to put before every name, to make it the whole CLIP's
-    "visual.conv1.weight": "",
-    "visual.trunk.patch_embed.proj.weight": "",
-    "vision_model.embeddings.patch_embedding.weight": "",
-    "conv1.weight": "visual.",
-    "trunk.patch_embed.proj.weight": "visual.",
-    "embeddings.patch_embedding.weight": "vision_model.",
-}
 
 
 def replace_weights(model: torch.nn.Module, source: str, whole: bool = False) -> None:
-    """Puts the weights of a file or folder, or of a hub's (`hf-hub:OWNER/NAME/PATH`), in place of a CLIP's own.
+    """Replaces a CLIP's weights with those of a file, a folder or `hf-hub:OWNER/NAME/PATH`.
 
-    If they are what the CLIP has already, this is said on stderr. With `whole` it has none yet, and the vision tower
-    alone is not enough.
+    Warns if they are the CLIP's own weights. With `whole`, the model has no weights yet, so a vision tower alone is
+    refused.
 
     Raises:
         UserError: they cannot be read, or do not fit.
     """
     before, weights = model.state_dict(), read_weights(source, model)
     if whole and len(weights) < len(before):
-        raise UserError(f"{source}: holds the vision tower alone; for a text tower, name ARCH:TAG before the @")
+        raise UserError(f"{source}: holds only the vision tower; for a text tower, name ARCH:TAG before the @")
     if not whole and all(torch.equal(value, before[name]) for name, value in weights.items()):
         warn(f"{source}: the same weights as this CLIP's own")
-    model.load_state_dict(weights, strict=False)  # what is missing is the text tower, or nothing
+    model.load_state_dict(weights, strict=False)  # only the text tower may be missing
 
 
 def read_weights(source: str, model: torch.nn.Module) -> Tensors:
-    """The weights of `source` for an open_clip `model`: its names, shapes, device and dtype (so fp16 becomes fp32).
+    """The weights of `source` under the names of an open_clip `model`, in its shapes, dtype and device.
 
-    Either the whole state dict or that of the vision tower, complete in both cases.
+    The result is the complete state dict of the model or of its vision tower.
 
     Raises:
-        UserError: they cannot be read; or a weight is missing, left over, or of another shape.
+        UserError: they cannot be read, or a weight is missing, unexpected or of another shape.
     """
-    expected, tensors = model.state_dict(), find_clip(source, read_tensors(source))
+    expected, tensors = model.state_dict(), find_clip(source, read_tensors(source), model)
     if "vision_model.embeddings.patch_embedding.weight" in tensors:
         try:
             tensors = from_transformers(tensors, list(expected))
-        except RuntimeError as error:  # parts that cannot be joined
+        except RuntimeError as error:  # q, k and v of different shapes
             raise UserError(f"{source}: does not fit: {one_line(error)}") from error
     else:
-        names = {name.removeprefix("text."): name for name in expected}  # nested in some of open_clip's CLIPs
+        names = {name.removeprefix("text."): name for name in expected}  # some of open_clip's CLIPs nest the text tower
         tensors = {names.get(name.removeprefix("text."), name): value for name, value in tensors.items()}
     if not any(name in tensors for name in expected if not name.startswith("visual.")):
         expected = {name: value for name, value in expected.items() if name.startswith("visual.")}
-    for names, problem in (
-        ([name for name in expected if name not in tensors], "has no {}"),
-        ([name for name in tensors if name not in expected], "has {}, which this CLIP has not"),
-    ):
-        if names:
-            raise UserError(f"{source}: does not fit: it {problem.format(first_of(names))}")
-    weights = {}
-    for name, value in tensors.items():
-        shape = expected[name].shape
-        if value.squeeze().shape == expected[name].squeeze().shape:  # timm has an axis of one that transformers has not
-            value = value.reshape(shape)
-        if value.shape != shape:
-            raise UserError(f"{source}: does not fit: its {name} is {tuple(value.shape)}, this CLIP's {tuple(shape)}")
-        weights[name] = value.to(expected[name])
+    weights, misshapen = {}, []
+    for name in expected.keys() & tensors.keys():
+        value, own = tensors[name], expected[name]
+        if value.squeeze().shape == own.squeeze().shape:  # timm has an axis of one that transformers lacks
+            weights[name] = value.reshape(own.shape).to(own)
+        else:
+            misshapen.append(f"{name} {tuple(value.shape)} instead of {tuple(own.shape)}")
+    what = f"{source}: does not fit this CLIP"
+    check_names(what, expected.keys() - tensors.keys(), tensors.keys() - expected.keys(), misshapen)
     return weights
 
 
-def find_clip(source: str, tensors: Tensors) -> Tensors:
-    """The CLIP among `tensors`, without what stands before its names, and with its tower's (`visual.`) where it lacks.
+def find_clip(source: str, tensors: Tensors, model: torch.nn.Module) -> Tensors:
+    """The CLIP among `tensors`: drops the prefix of its names, and adds `visual.` to those of a tower alone.
 
     Raises:
         UserError: there are two.
     """
+    def reads_pixels(weight: torch.Tensor) -> bool:  # a vision tower's first convolution; a U-Net's reads latents
+        return weight.ndim == 4 and weight.shape[1] == 3
+
+    state = model.visual.state_dict()
+    ours = next(name for name, weight in state.items() if reads_pixels(weight))  # `conv1.weight` of a ViT
+    theirs = transformers_name(f"visual.{ours}").removeprefix("vision_model.")
+    ends = {f"visual.{ours}": "", f"vision_model.{theirs}": "", ours: "visual.", theirs: "vision_model."}
     prefixes = {}  # of each vision tower → what its names lack
-    for name, value in tensors.items():
-        end = next((end for end in PATCH_EMBEDDINGS if f".{name}".endswith(f".{end}")), None)
-        if end and value.ndim == 4 and value.shape[1] == 3:  # it reads colours; a `conv1` of a U-Net does not
-            prefixes[name.removesuffix(end)] = PATCH_EMBEDDINGS[end]
+    for name, weight in tensors.items():
+        end = next((end for end in ends if f".{name}".endswith(f".{end}")), None)
+        if end and reads_pixels(weight):
+            prefixes[name.removesuffix(end)] = ends[end]
     if not prefixes:
         return tensors
     if len(prefixes) > 1:
         known = ", ".join(f"{prefix}*" for prefix in sorted(prefixes))
-        raise UserError(f"{source}: holds {len(prefixes)} CLIPs ({known}); save the one that you mean in a file alone")
+        raise UserError(f"{source}: holds {len(prefixes)} CLIPs ({known}); save one of them to a separate file")
     prefix, lacking = prefixes.popitem()
-    aside = sorted({beginning(name, prefix) for name in tensors if not name.startswith(prefix)})
-    if aside:
-        warn(f"{source}: the CLIP is {prefix}*; left aside: {', '.join(aside)}")
+    ignored = sorted({beginning(name, prefix) for name in tensors if not name.startswith(prefix)})
+    if ignored:
+        warn(f"{source}: the CLIP is {prefix}*; ignored: {', '.join(ignored)}")
     return {lacking + name.removeprefix(prefix): v for name, v in tensors.items() if name.startswith(prefix)}
 
 
 def beginning(name: str, prefix: str) -> str:
-    """A name up to its first part that is not the prefix's: `class_model.final_fc` beside `class_model.model.`."""
+    """A name up to its first part that differs from the prefix: `class_model.final_fc` for `class_model.model.`."""
     parts = name.split(".")
     return ".".join(parts[: len(os.path.commonprefix([parts, prefix.split(".")])) + 1])
 
 
 def transformers_name(name: str) -> str:
-    """transformers' name of an open_clip weight, with `qkv` for its three; unknown names stay recognisable."""
+    """transformers' name of an open_clip weight, with `qkv` for q, k and v; unknown names stay recognizable."""
     for pattern, replacement in NAMES:
         name = re.sub(pattern, replacement, name)
     return name
@@ -164,7 +158,7 @@ def to_transformers(weights: Tensors) -> Tensors:
 
 
 def from_transformers(weights: Tensors, names: list[str]) -> Tensors:
-    """The inverse, for a CLIP whose weights have these `names`: what has none of them keeps transformers' name."""
+    """The inverse, for a CLIP whose weights have these `names`. Other weights keep transformers' name."""
     renamed, used = {}, set()
     for ours in names:
         name = transformers_name(ours)
