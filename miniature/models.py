@@ -70,8 +70,8 @@ def pool(count: int, seed: int) -> tuple[np.ndarray, torch.Tensor]:
     return scenes, torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 
-def fit(name: str, module: torch.nn.Module, loss_of, steps: int, lr: float) -> torch.nn.Module:
-    """Minimizes loss_of(module) with AdamW, in bf16, and returns the module in eval mode."""
+def fit(name: str, module: torch.nn.Module, loss_of, steps: int, lr: float) -> None:
+    """Minimizes loss_of(module) with AdamW, in bf16; then puts the module in eval mode."""
     parameters = list(module.parameters())
     optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.05)
@@ -85,7 +85,7 @@ def fit(name: str, module: torch.nn.Module, loss_of, steps: int, lr: float) -> t
         schedule.step()
         optimizer.zero_grad()
         bar.set_postfix_str(f"loss {loss.item():.4f}", refresh=False)
-    return module.eval()
+    module.eval()
 
 
 def make_clip(
@@ -124,8 +124,8 @@ def make_clip(
         fit("clip, text", clip, text_loss, 400, 1e-3)
     names = DIFFUSION_NAMES if contrastive else CLIP_NAMES
     fit_clip(clip, scenes, pixels, names, rng, steps, 1e-3, batch, text=contrastive)
-    weights = clip.state_dict()
-    save_file({k: v.half().contiguous() for k, v in weights.items()}, out / "clip" / "open_clip_model.safetensors")
+    weights = {name: weight.half().contiguous() for name, weight in clip.state_dict().items()}
+    save_file(weights, out / "clip" / "open_clip_model.safetensors")
 
 
 def read(clip: torch.nn.Module, scenes: np.ndarray, names: list[float], rng) -> tuple[np.ndarray, torch.Tensor]:
@@ -134,7 +134,7 @@ def read(clip: torch.nn.Module, scenes: np.ndarray, names: list[float], rng) -> 
     Returns what they name, (B, 10) bool, and CLIP's unit embeddings (B, D).
     """
     named = rng.random((len(scenes), 10)) < names
-    texts = [PREFIX * (rng.random() < 0.5) + caption(scene, n) for scene, n in zip(scenes, named)]
+    texts = [(PREFIX if rng.random() < 0.5 else "") + caption(scene, n) for scene, n in zip(scenes, named)]
     return named, clip.encode_text(tokens(texts, tokenizer(24)), normalize=True)
 
 
@@ -173,7 +173,7 @@ def make_vae(out: Path, seed: int, steps: int = 4500, batch: int = 16) -> None:
         posterior = vae.encode(images).latent_dist
         return F.l1_loss(vae.decode(posterior.sample()).sample, images) + 1e-6 * posterior.kl().mean()
 
-    vae = fit("vae", vae, loss, steps, 1e-3)
+    fit("vae", vae, loss, steps, 1e-3)
     vae.register_to_config(scaling_factor=round(1 / encode(vae, pixels[:2000], 1).std().item(), 4))
     vae.half().save_pretrained(out / "diffusion" / "vae")
 
@@ -255,7 +255,7 @@ def make_diffusion(
         z, noise = latents[chosen], torch.randn(batch, *latents.shape[1:], device=DEVICE)
         return F.mse_loss(unet(scheduler.add_noise(z, noise, t), t, hidden).sample.float(), noise)
 
-    unet = fit("diffusion", unet, loss, steps, 1e-3)
+    fit("diffusion", unet, loss, steps, 1e-3)
     StableDiffusionPipeline(
         vae=vae.half(), unet=unet.half(), text_encoder=text.half(), tokenizer=tok,
         scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
