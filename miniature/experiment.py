@@ -1,6 +1,6 @@
 """What in the method carries the effect, measured on the miniature: train.py itself, row by row, over seeds.
 
-    python miniature/experiment.py                                          # every row that needs no folder, five seeds
+    python miniature/experiment.py                                          # all rows but "another CLIP…", five seeds
     python miniature/experiment.py --rows "as the recipe" "no penalty --recap none" --seeds 1 2 3
     python miniature/experiment.py --rows "another CLIP*"                   # needs the folder `other`: see make.py
     python miniature/experiment.py --seeds 0 --pairs-seed 31 --out runs/choose \\
