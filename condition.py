@@ -18,8 +18,8 @@ from harness.processes import copy_to_device
 class Recap:
     """Visual dense recap (section 3.3): which of a CLIP's P local tokens join the class token.
 
-    The paper: with all of them, reconstruction is too easy to teach anything; with none, it is too hard. (For MetaCLIP,
-    and for DFN at 224, it takes all.)
+    The paper: with all of them, reconstruction is too easy to teach anything; with none, it is too hard. (For MetaCLIP
+    and for DFN at 224 it takes all.)
     """
 
     kind: str  # "random", "pool", "all" or "none"
@@ -41,7 +41,7 @@ def parse_recap(spec: str, num_patches: int) -> Recap:
         return Recap(spec, num_patches, num_patches if spec == "all" else 0)
     match = re.fullmatch("(random|pool):([0-9]{1,9})(%?)", spec)
     kind, number, percent = match.groups() if match else ("", "", "")
-    if not kind or (kind == "pool" and percent):
+    if not match or (kind == "pool" and percent):
         raise UserError(f"--recap {spec!r}: must be random:COUNT, random:SHARE%, pool:WINDOW, all or none")
     number = int(number) * num_patches // 100 if percent else int(number)
     if not 1 <= number <= num_patches:
@@ -66,12 +66,8 @@ def visual_tokens(visual: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor
     Returns:
         The class token (B, D) and the P local tokens (B, P, D).
     """
-    features = visual.forward_intermediates(
-        images,
-        indices=1,  # only the last layer
-        normalize_intermediates=True,
-        output_fmt="NLC",
-    )
+    # indices=1: the last layer alone
+    features = visual.forward_intermediates(images, indices=1, normalize_intermediates=True, output_fmt="NLC")
     local = features["image_intermediates"][-1]  # (B, P, width)
     if hasattr(visual, "trunk"):  # timm's; these three are identities in SigLIP
         local = visual.head(visual.trunk.head(visual.trunk.fc_norm(local)))
@@ -165,11 +161,7 @@ class VisualCondition(nn.Module):
             return self.build_condition(cls, local, text_embedding, patch_indices), cls  # Alg. 1, line 3: c
 
     def build_condition(
-        self,
-        cls: torch.Tensor,
-        local: torch.Tensor,
-        text_embedding: torch.Tensor,
-        patch_indices: torch.Tensor | None = None,
+        self, cls: torch.Tensor, local: torch.Tensor, text_embedding: torch.Tensor, patch_indices: torch.Tensor | None
     ) -> torch.Tensor:
         """Visual tokens, (B, D) and (B, P, D) → condition c; otherwise as `forward`."""
         tokens = self.projection(dense_recap(cls, local, self.recap, patch_indices))  # (B, N, 1 + K, W)

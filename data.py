@@ -4,8 +4,8 @@ The source is a folder of images, shards in webdataset's format (uncompressed ta
 `synthetic` noise; see harness/sources.py. Each image can be read on its own, so each epoch is a full shuffle, and a run
 resumes at the exact image.
 
-All random draws for an image depend only on the run's seed, the step and the image's position in the global batch. The
-number of processes, the micro-batch size, the reader threads and the device do not change them.
+All random draws for an image depend only on the run's seed, the step and the image's position in the global batch, not
+on the number of processes, the micro-batch size, the reader threads or the device.
 """
 
 import functools
@@ -38,8 +38,8 @@ class TrainingImages:
     """The images of a run: `dataset[step, position]`, with the position in the global batch.
 
     Each item is a dict: `images` (3, size, size) uint8; `keys`, the (step, position); `unreadable`, the names of the
-    files that were skipped. Each epoch is shuffled anew. An image that cannot be read is skipped: the next one in
-    shuffled order replaces it, so even a whole shard may be missing.
+    files that were skipped. Each epoch is shuffled anew. The next image in shuffled order replaces one that cannot be
+    read, so even a whole shard may be missing.
 
     Raises:
         UserError: MAX_REPLACEMENTS replacements in a row could not be read either.
@@ -73,7 +73,7 @@ class TrainingImages:
         raise UserError(f"{len(unreadable)} images in a row could not be read: {'; '.join(unreadable[:3])}; …")
 
 
-@functools.lru_cache(maxsize=2)  # two epochs are in use where one ends
+@functools.lru_cache(maxsize=2)  # a batch may span two epochs
 def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
     """The order of `count` images in an epoch, (count,)."""
     return np.random.default_rng((ORDER, seed, epoch)).permutation(count)
@@ -143,8 +143,8 @@ def read_batches(
     """The micro-batches of `keys`, on `device`; `workers` of them are read ahead, by one thread each.
 
     Pillow releases Python's lock, so threads are enough. Unlike processes they end with the run, however it ends, and
-    need no shared memory. `waiting` is called every half second while a batch is late: it may raise, so that a disk
-    that never answers does not block signals.
+    need no shared memory. `waiting` is called every half second while a batch is late; it may raise, so a disk that
+    never answers does not block signals.
     """
 
     def read(batch: list, into: Future) -> None:

@@ -19,10 +19,9 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, CLIPTextModel
 
 import beyond
 import condition
@@ -68,40 +67,30 @@ def local_tokens(visual: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 
 class NoInit(torch.overrides.TorchFunctionMode):
-    """Skips the initialization of new weights, so that a tower costs no time before it goes to the meta device."""
-
-    WRITES = ("normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "xavier_uniform_", "fill_")
-    WRITES += ("erfinv_", "mul_", "add_", "clamp_")  # timm's truncated normal
+    """Skips what writes into a tensor: new weights cost no time before they go to the meta device."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function.__name__ in self.WRITES:
+        if function.__name__.endswith("_") and not function.__name__.startswith("_"):  # normal_, fill_, clamp_, …
             return args[0] if args else kwargs["tensor"]
         return function(*args, **(kwargs or {}))
 
 
 def test_every_recipe_has_the_papers_tokens():
-    papers = {
-        "openai-vit-l-14-224": (256, 77),
-        "openai-vit-l-14-336": (576, 77),
-        "metaclip-vit-l-14-224": (256, 257),
-        "metaclip-vit-h-14-224": (256, 257),
-        "siglip-so400m-14-224": (256, 43),
-        "siglip-so400m-14-384": (729, 73),
-        "dfn-vit-h-14-224": (256, 257),
-        "dfn-vit-h-14-378": (729, 365),
-    }
+    papers = {  # patches of its CLIP, tokens of its condition
+        "openai-vit-l-14-224": (256, 77), "openai-vit-l-14-336": (576, 77),
+        "metaclip-vit-l-14-224": (256, 257), "metaclip-vit-h-14-224": (256, 257),
+        "siglip-so400m-14-224": (256, 43), "siglip-so400m-14-384": (729, 73),
+        "dfn-vit-h-14-224": (256, 257), "dfn-vit-h-14-378": (729, 365),
+    }  # fmt: skip
     assert set(papers) == {name for name, recipe in RECIPES.items() if recipe.published}
-    towers = {}
+    num_patches = {}
     for name, (patches, tokens) in papers.items():
         recipe, (source, tag) = RECIPES[name], locate_clip(name)
         assert tag in open_clip.list_pretrained_tags_by_model(source)
-        if source not in towers:
+        if source not in num_patches:
             with NoInit():
-                clip = model.load_clip(name, random_weights=True, device="meta")
-            images = torch.empty(1, 3, clip.image_size, clip.image_size, device="meta")
-            towers[source] = condition.visual_tokens(clip.model.visual, images)[1].shape[1]
-            assert towers[source] == clip.num_patches
-        assert towers[source] == patches
+                num_patches[source] = model.load_clip(name, random_weights=True, device="meta").num_patches
+        assert num_patches[source] == patches
         assert parse_recap(recipe.recap, patches).count + 1 == tokens
         assert (recipe.join == "positions") == (tokens == 77)
         assert not beyond_the_paper(vars(recipe))
@@ -120,19 +109,6 @@ def test_recap_is_uniform_and_without_replacement():
     assert (patches[:, 0] == patches[:, 1]).all(-1).mean() < 0.01  # each state has its own
 
 
-def test_recap_takes_the_tokens_it_names():
-    cls, local = torch.randn(2, 4), torch.randn(2, 7, 4)
-    drawn = torch.tensor([[[6, 1], [0, 2]], [[3, 4], [5, 6]]])
-    random = condition.dense_recap(cls, local, Recap("random", 7, 2), drawn)
-    assert random.shape == (2, 2, 3, 4)
-    assert torch.equal(random[1, 0], torch.stack([cls[1], local[1, 3], local[1, 4]]))
-    pooled = condition.dense_recap(cls, local, Recap("pool", 7, 2, 3))  # two windows; the seventh patch is dropped
-    assert pooled.shape == (2, 1, 3, 4)
-    torch.testing.assert_close(pooled[:, 0, 1:], torch.nn.functional.avg_pool1d(local.mT, 3, 3).mT)
-    assert torch.equal(condition.dense_recap(cls, local, Recap("all", 7, 7))[:, 0], torch.cat([cls[:, None], local], 1))
-    assert torch.equal(condition.dense_recap(cls, local, Recap("none", 7, 0)), cls[:, None, None])
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The loss and its gradient: Algorithm 1, lines 2 to 5
 
@@ -144,8 +120,8 @@ def written_out(clip, diffusion, conditioner, recap: str, images, latents, drawn
     for b, image in enumerate(images):
         cls, local = clip.encode_image(image[None])[0], local_tokens(clip.visual, image[None])[0]
         for n, t in enumerate(drawn["timesteps"][b].tolist()):
-            if recap == "pool:5":
-                tokens = [local[i : i + 5].mean(0) for i in range(0, len(local) - 4, 5)]
+            if recap == "pool:7":
+                tokens = [local[i : i + 7].mean(0) for i in range(0, 98, 7)]  # of 100 patches, two are dropped
             elif recap.startswith("random"):
                 tokens = [local[i] for i in drawn["patch_indices"][b, n].tolist()]
             else:
@@ -171,7 +147,7 @@ def written_out(clip, diffusion, conditioner, recap: str, images, latents, drawn
         "miniature random:23 positions v_prediction",  # 1 + 23 tokens, as many as the text has positions
         "miniature all mean v_prediction",
         "miniature none mean epsilon",
-        "siglip pool:5 mean epsilon",
+        "siglip pool:7 mean epsilon",
     ],
 )
 def test_loss_and_gradients_are_algorithm_1(clips, tmp_path, case):
@@ -216,10 +192,7 @@ def test_condition_in_bf16_is_near_fp32():
         pixels, noise, t = torch.rand(4, 3, 64, 64), torch.randn(4, 2, 4, 8, 8), torch.randint(0, 1000, (4, 2))
         c, _ = conditioner(pixels, diffusion.text_embedding)
         losses.append(train.denoising_loss(diffusion, diffusion.encode(pixels), c, t, noise))
-        assert losses[-1].dtype == torch.float32 and diffusion.unet.dtype == diffusion.vae.dtype == dtype
-        losses[-1].backward()
-        assert all(p.dtype == p.grad.dtype == torch.float32 for p in conditioner.parameters())
-        conditioner.zero_grad()
+        assert losses[-1].dtype == torch.float32
     assert losses[1].item() == pytest.approx(losses[0].item(), rel=0.01)
 
 
@@ -227,10 +200,7 @@ def test_text_embedding_and_latents_are_diffusers():
     """Against diffusers' pipeline: the embedding of the prompt, and the VAE's mean times the scaling factor."""
     folder = MINIATURE / "diffusion"
     diffusion = model.load_diffusion(str(folder), "the red house", torch.float32, CPU)
-    parts = dict(vae=AutoencoderKL, unet=UNet2DConditionModel, tokenizer=AutoTokenizer, text_encoder=CLIPTextModel)
-    parts = {name: part.from_pretrained(folder, subfolder=name) for name, part in parts.items()}
-    nothing = dict(scheduler=None, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-    pipe = StableDiffusionPipeline(**parts, **nothing).to(torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(folder).to(torch.float32)
     torch.testing.assert_close(diffusion.text_embedding, pipe.encode_prompt("the red house", "cpu", 1, False)[0])
     pixels = torch.rand(2, 3, 32, 32)
     moments = pipe.vae.quant_conv(pipe.vae.encoder(pixels * 2 - 1))
@@ -344,7 +314,6 @@ def test_draws_depend_on_seed_step_and_position_alone(tmp_path):
 
 
 def test_learning_rate_is_the_papers():
-
     def rate(step: int, steps: int, warmup: float, start: int = 0) -> float:
         return train.learning_rate(step, train.Stage(None, range(start, start + steps), 1e-4, warmup, 1, 0))
 
@@ -360,28 +329,33 @@ def test_learning_rate_is_the_papers():
     "more, moving, rates",
     [
         ("", ["visual projection"] * 3, (2 / 3, 4 / 3, 2)),  # two of the three steps warm up
-        ("--freeze-projection", ["visual"] * 3, (2 / 3, 4 / 3, 2)),
+        ("--freeze-projection --ldifs 9", ["visual"] * 3, (2 / 3, 4 / 3, 2)),
         ("--projection-steps 1 --projection-lr 3", ["projection"] + ["visual projection"] * 2, (1.5, 1, 2)),
     ],
 )
 def test_steps_are_clipped_sgd_with_momentum_and_nothing_else_moves(tmp_path, monkeypatch, more, moving, rates):
-    """Three steps of `train`, against steps taken by hand with the clipped gradient of each whole batch."""
+    """Three steps of `train`, against steps taken by hand with the clipped gradient of each whole batch.
+
+    LDIFS is the mean squared distance to the original CLIP's class token; the logged loss excludes it.
+    """
     flags = f"--micro-batch 1 --max-grad-norm 0.05 --lr 2 --warmup 0.67 --momentum 0.8 {more}"
     args, build, built = settings("unused", flags), train.build, []
     monkeypatch.setattr(train, "build", lambda *args: built.append(build(*args)) or built[-1])
     out = run(tmp_path / "run", flags)
     clip, diffusion, conditioner = build(args, CPU)  # before training
+    original = model.load_clip("miniature").model
     dataset = data.TrainingImages(data.open_images(args.data), 64, 4, args.seed)
     draws, velocity = train.Draws(args.seed, conditioner.recap, 2, range(1000)), {}
     for step, (line, parts, lr) in enumerate(zip(metrics(out), moving, rates, strict=True)):
         batch = data.to_device(data.collate([dataset[step, position] for position in range(4)]), CPU)
         rngs, latents = data.image_rngs(args.seed, batch["keys"]), diffusion.encode(batch["images"])
         patch_indices = condition.draw_patch_indices(conditioner.recap, 2, rngs, CPU)
-        c, _ = conditioner(batch["images"], diffusion.text_embedding, patch_indices)
+        c, cls = conditioner(batch["images"], diffusion.text_embedding, patch_indices)
         timesteps, noise = train.draw_states(draws, latents.shape[1:], rngs, CPU)
         loss = train.denoising_loss(diffusion, latents, c, timesteps, noise)
+        original_cls = original.encode_image(clip.preprocess_batch(batch["images"])).detach()
         conditioner.zero_grad()
-        loss.backward()
+        (loss + args.ldifs * (cls - original_cls).square().mean()).backward()
         parameters = {k: p for k, p in conditioner.named_parameters() if k.split(".")[0] in parts.split()}
         norm = torch.cat([p.grad.flatten() for p in parameters.values()]).norm()
         assert line["loss"] == pytest.approx(loss.item(), rel=1e-4) and line["lr"] == pytest.approx(lr)
@@ -396,7 +370,7 @@ def test_steps_are_clipped_sgd_with_momentum_and_nothing_else_moves(tmp_path, mo
     for k, p in conditioner.named_parameters():
         torch.testing.assert_close(trained[k], p.detach(), rtol=1e-4, atol=1e-5)
 
-    start, (theta, phi, _) = model.load_clip("miniature").model.state_dict(), built[0]  # after training
+    start, (theta, phi, _) = original.state_dict(), built[0]  # after training
     moved = {k for k, v in theta.model.state_dict().items() if not torch.equal(v, start[k])}
     assert moved == {k for k, _ in theta.model.visual.named_parameters(prefix="visual")}
     assert torch.equal(trained["projection.weight"], conditioner.projection.weight) == ("freeze" in more)
@@ -472,26 +446,6 @@ def test_a_fitted_projection_maps_class_tokens_to_text_embeddings():
     np.testing.assert_allclose(projection(torch.from_numpy(tokens)).detach(), expected, atol=1e-9)
 
 
-def test_ldifs_is_the_distance_to_the_original_clips_class_token(tmp_path):
-    dataset = data.TrainingImages(data.open_images([f"{MINIATURE}/images.tar"], False), 64, 4)
-    images = data.to_device(data.collate([dataset[0, i] for i in range(4)]), CPU)["images"]
-    clip = model.load_clip("miniature")
-    pixels = clip.preprocess_batch(images)
-    penalty, original = beyond.Ldifs(clip, 3), clip.model.encode_image(pixels)
-    cls, _ = condition.visual_tokens(clip.model.visual, pixels)
-    assert penalty(cls, images) < 1e-9  # with and without gradients, attention may round differently
-    with torch.no_grad():
-        clip.model.visual.proj += 0.01 * torch.randn(clip.model.visual.proj.shape)
-    cls, _ = condition.visual_tokens(clip.model.visual, pixels)
-    expected = 3 * np.square((clip.model.encode_image(pixels) - original).detach().numpy()).mean()
-    assert penalty(cls, images).item() == pytest.approx(expected, rel=1e-5)
-    moved = []
-    for weight in (0, 1):
-        tower = model.load_clip(f"{run(tmp_path / f'{weight}', f'--ldifs {weight}')}/clip").model.visual
-        moved.append(float((tower(pixels) - original).detach().square().mean()))
-    assert 0 < moved[1] < moved[0]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # evaluate_mmvp.py
 
@@ -499,7 +453,7 @@ def test_ldifs_is_the_distance_to_the_original_clips_class_token(tmp_path):
 @pytest.mark.parametrize("name", ["miniature", "siglip"])
 def test_scores_follow_the_benchmarks_rule(clips, name):
     """Against the benchmark's rule written out pair by pair, with open_clip's own calls."""
-    pairs = evaluate_mmvp.read_mmvp(f"{MINIATURE}/mmvp")[::5]  # three of each type
+    pairs = evaluate_mmvp.read_mmvp(f"{MINIATURE}/mmvp")[::20]  # five of each type
     cosines = evaluate_mmvp.similarities(model.load_clip(clips[name]), pairs, CPU, batch_size=10)
     clip, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{clips[name]}")
     tokenizer = open_clip.get_tokenizer(f"local-dir:{clips[name]}")
@@ -534,23 +488,16 @@ def test_a_tie_goes_to_the_second_image():
 def test_the_released_embedding_follows_the_released_rule(reading):
     """Against the rule written out for one pair, with the same draws of patches."""
     torch.manual_seed(0)
-    cls, local, texts = torch.randn(2, 8), torch.randn(2, 7, 8), torch.nn.functional.normalize(torch.randn(2, 8))
+    cls, local = torch.randn(2, 8), torch.randn(2, 7, 8)
     embeddings = evaluate_mmvp.embed_released(reading, cls, local, np.random.default_rng(3), draws=4)
     drawn = np.random.default_rng(3).integers(7, size=(2, 4, 2, 5))
-    for k in range(len(embeddings)):
-        for s in (0, 1):
-            for i in (0, 1):
-                tokens = [token / token.norm() for token in local[i]]
-                x = cls[i] / cls[i].norm() + sum(tokens) / 7
-                if reading == "cls":
-                    x = cls[i] / cls[i].norm()
-                elif reading == "cls+local":
-                    x = x / x.norm()
-                elif reading == "random:5":
-                    x = cls[i] + sum(local[i, p] for p in drawn[i, k, s]) / 5
-                    x = x / x.norm()
-                torch.testing.assert_close(texts[s] @ embeddings[k, s, i], texts[s] @ x)
     assert len(embeddings) == (4 if reading == "random:5" else 1)
+    for k, s, i in np.ndindex(len(embeddings), 2, 2):  # draws, statements, images
+        unit = cls[i] / cls[i].norm()
+        both = unit + sum(token / token.norm() for token in local[i]) / 7
+        noisy = cls[i] + sum(local[i, p] for p in drawn[i, k, s]) / 5
+        expected = {"cls": unit, "cls+local": both / both.norm(), "sum": both, "random:5": noisy / noisy.norm()}
+        torch.testing.assert_close(embeddings[k, s, i], expected[reading])
 
 
 def test_the_released_score_does_not_depend_on_the_batch():
@@ -577,9 +524,8 @@ def test_intervals_and_p_values():
     low, high = scores.interval(right, types)
     assert (high - low) / (2 * 1.96 * spread) == pytest.approx(1, abs=0.05)
     assert (low + high) / 2 == pytest.approx(scores.average(right, types), abs=0.8)
-    mcnemar = scores.mcnemar
-    assert mcnemar(14, 5) == pytest.approx(2 * 16_664 / 2**19)  # 2 · P(X ≤ 5), X ~ B(19, 1/2)
-    assert mcnemar(0, 6) == 2 / 2**6 and mcnemar(3, 3) == mcnemar(0, 0) == 1
+    assert scores.mcnemar(14, 5) == pytest.approx(2 * 16_664 / 2**19)  # 2 · P(X ≤ 5), X ~ B(19, 1/2)
+    assert scores.mcnemar(0, 6) == 2 / 2**6 and scores.mcnemar(3, 3) == scores.mcnemar(0, 0) == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------

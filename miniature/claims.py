@@ -13,9 +13,8 @@ The 95% interval of a change is a paired bootstrap over pairs or scenes. A gain 
 does not hold if the interval includes zero but no gain of a point. "Kept" holds if the interval includes no loss of a
 point, and does not hold if it includes such a loss and only losses. Otherwise the claim is not shown.
 
-Seeds of scenes: 60 for the pairs and 61 here. Used elsewhere: 1 (and --seed + 1, to train the models), 2 and 3 (the
-benchmark, the images), 10 to 14 (`make.py check`), 20, 31 and 100 to 105 (`experiment.py`), 41 to 49 (tests), 62 and 63
-(`keeps.py`).
+Seeds of scenes, each used for one thing: --seed + 1 (training the models), 2 (the benchmark), 3 (the images), 10 to 14
+(`make.py check`), 20, 31, 100 to 105 (`experiment.py`), 41 to 49 (tests), 60 and 61 (here), 62 and 63 (`keeps.py`).
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from harness.recipes import MINIATURE, locate_clip
 
 
 def read_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="The four claims of the paper's abstract, on unseen scenes.")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.error = usage_error
     parser.add_argument("clip", nargs="?", default="runs/miniature/clip", metavar="CLIP", help="after (%(default)s)")
     parser.add_argument("--before", default=f"{MINIATURE}/clip", metavar="CLIP", help="before (%(default)s)")
@@ -77,9 +76,9 @@ MARGIN = 1.0  # points: the smallest gain that the paper reports
 
 
 def draw_scenes(count: int, seed: int) -> tuple[np.ndarray, list, np.ndarray]:
-    """Distinct scenes (count, 11), their pictures, and the labels of their patches (count, 64): 0, or 1 + the class.
+    """Distinct scenes (count, 11), their pictures, and the labels of their patches (count, 64).
 
-    A patch has the class's label if the thing covers half of it.
+    A label is 1 + the class if the thing covers half of the patch, else 0.
     """
     scenes = np.unique(world.random_scenes(2 * count, seed), axis=0)  # sorted
     scenes = np.random.default_rng(seed).permutation(scenes)[:count]
@@ -99,16 +98,16 @@ def measure(clip: Clip, drawn: tuple, pairs: list, fitted: int) -> dict[str, np.
     The readers are fitted to the first `fitted` scenes and read the others.
     """
     scenes, pictures, labels = drawn
-    rows = {}
-    types = np.array([[pair.type == name for name in type_names([p.type for p in pairs])] for pair in pairs])
+    rows, types = {}, np.array([pair.type for pair in pairs])
+    types = types[:, None] == type_names(types.tolist())  # (pairs, 9)
     for embedding, right in zip(EMBEDDINGS, pairs_right(similarities(clip, pairs, DEVICE, batch_size=250))):
         rows[f"pair score, {embedding}"] = np.stack([types & right[:, None], types], -1)
 
     batches = torch.stack([clip.preprocess_image(picture) for picture in pictures]).split(250)
     tokens = [visual_tokens(clip.model.visual, b.to(DEVICE)) for b in tqdm(batches, desc="encode", leave=False)]
     cls, local = (torch.cat(parts).cpu() for parts in zip(*tokens))  # (scenes, D), (scenes, 64, D)
-    everything = torch.cat([cls[:, None], local], 1)
-    features = {"the mean patch token": local.mean(1), "all tokens": everything, "the class token": cls}
+    all_tokens = torch.cat([cls[:, None], local], 1)
+    features = {"the mean patch token": local.mean(1), "all tokens": all_tokens, "the class token": cls}
     for name, x in features.items():
         right = ridge(x, scenes[:fitted]) == scenes[fitted:]
         rows[f"details from {name}"] = answers(right[:, 2:])
@@ -138,10 +137,10 @@ def score(outcomes: np.ndarray) -> np.ndarray:
     return 100 * (outcomes[..., 0] / outcomes[..., 1]).mean(-1)
 
 
-def change(before: np.ndarray, after: np.ndarray, draws: int = 2000) -> tuple[float, float, float]:
+def change(before: np.ndarray, after: np.ndarray) -> tuple[float, float, float]:
     """The change of `score` in points, and its 95% interval: a bootstrap that draws the same scenes for both."""
     both = np.stack([before, after], 1)  # (n, 2, groups, 2)
-    scores = score(bootstrap_means(both, np.random.default_rng(0), draws))  # (draws, 2)
+    scores = score(bootstrap_means(both, np.random.default_rng(0), draws=2000))  # (draws, 2)
     points = score(after.sum(0)) - score(before.sum(0))
     return float(points), *percentile_interval(scores[:, 1] - scores[:, 0])
 

@@ -2,7 +2,7 @@
 
     1  CLIP knows classes (zero-shot, ≥ 85%) but overlooks details (pair score from 25 to 60), and can be helped: 100
        steps of its vision tower on full captions raise the pair score
-    2  the VAE keeps the details: a linear probe reads them from latents and reconstructions nearly as well as from the
+    2  the VAE keeps the details: a linear reader reads them from latents and reconstructions nearly as well as from the
        images
     3  the diffusion model reads its captions: its loss is higher where one detail of a caption is wrong (z > 5 for
        seven of nine); and it reads the end token alone, which brings 90% of what the whole caption brings
@@ -21,6 +21,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from evaluate_mmvp import EMBEDDINGS, pairs_right, similarities
+from extras.zero_shot import classify
 from harness.mmvp import read_mmvp
 from harness.scores import average, interval
 from miniature.models import DEVICE, embed_captions, encode, learn_captions, pool
@@ -30,7 +31,7 @@ from miniature.world import (
 from model import load_clip
 
 
-def check(out: Path, samples: str | None) -> None:
+def check(out: Path, samples: str | None = None) -> None:
     """Prints the gates of the world in `out`; gate 4 writes its pictures to the file `samples`."""
     scenes, pixels = pool(4000, 12)
     check_clip(out / "clip", scenes, pixels)
@@ -70,10 +71,11 @@ def check_clip(folder: Path, scenes: np.ndarray, pixels: torch.Tensor) -> None:
 @torch.no_grad()
 def check_vae(vae, scenes: np.ndarray, pixels: torch.Tensor) -> torch.Tensor:
     """Gate 2. Returns the latents (n, 4, 8, 8)."""
-    print("2  the VAE keeps the details: a linear probe's accuracy from images, reconstructions, latents, in percent")
+    print("2  the VAE keeps the details: a linear reader's accuracy from images, reconstructions, latents, in percent")
     latents = encode(vae, pixels, vae.config.scaling_factor)
-    decoded = [vae.decode(z / vae.config.scaling_factor).sample for z in latents.split(250)]
-    accuracies = [probe(x.cpu(), scenes, 3000) for x in (pixels, torch.cat(decoded), latents)]
+    decoded = torch.cat([vae.decode(z / vae.config.scaling_factor).sample for z in latents.split(250)])
+    reads = [ridge(x.cpu(), scenes[:3000]) for x in (pixels, decoded, latents)]
+    accuracies = [100 * (read == scenes[3000:]).mean(0)[2:] for read in reads]
     for name, values, image, reconstruction, latent in zip(DETAILS, VALUES[2:], *accuracies):
         text = f"{name:21} {image:5.1f} {reconstruction:5.1f} {latent:5.1f} (chance {100 / values:.0f})"
         gate(text, min(reconstruction, latent) > image - 5)
@@ -83,15 +85,46 @@ def check_vae(vae, scenes: np.ndarray, pixels: torch.Tensor) -> torch.Tensor:
 def check_reading(pipe: StableDiffusionPipeline, scenes: np.ndarray, latents: torch.Tensor) -> None:
     """Gate 3."""
     print("3  the diffusion model reads: its loss rises where one detail is wrong (2,000 unseen pictures, t ≥ 300)")
-    rises = [loss_rise(pipe, scenes, latents, k) for k in range(2, 11)]
-    for name, (mean, z) in zip(DETAILS, rises):
-        print(f"    {name:21} {mean:+.5f}  z = {z:.1f}")
-    clear = sum(z > 5 for _, z in rises)
+    parts, clear = list(zip(np.split(scenes, range(250, len(scenes), 250)), latents.split(250))), 0
+    for k, name in enumerate(DETAILS, start=2):
+        rng, rises = np.random.default_rng(k), []
+        for right, z in parts:
+            wrong = right.copy()
+            wrong[:, k] = (wrong[:, k] + rng.integers(1, VALUES[k], len(wrong))) % VALUES[k]
+            named = np.isin(np.arange(10), (0, k - 1))  # the captions name class, color and this detail
+            readings = [([caption(scene, named) for scene in side], False) for side in (right, wrong)]
+            of_right, of_wrong = losses(pipe, z, readings, 300, rng)
+            rises.append(of_wrong - of_right)
+        rise = torch.cat(rises).double()
+        z_value = (rise.mean() / (rise.std() / len(rise) ** 0.5)).item()
+        clear += z_value > 5
+        print(f"    {name:21} {rise.mean():+.5f}  z = {z_value:.1f}")
     gate(f"z > 5 for {clear} of nine (≥ 7)", clear >= 7)
-    none, whole, alone = end_token_losses(pipe, scenes, latents)
+
+    rng, found = np.random.default_rng(14), []
+    for part, z in parts:
+        named = rng.random((len(z), 10)) < DIFFUSION_NAMES
+        captions = [caption(scene, n) for scene, n in zip(part, named)]
+        found.append(losses(pipe, z, [([""] * len(z), False), (captions, False), (captions, True)], 0, rng))
+    none, whole, alone = torch.cat(found, 1).mean(1).tolist()
     share = 100 * (none - alone) / (none - whole)
     text = f"loss with no caption {none:.4f}, a whole one {whole:.4f}, its end token alone {alone:.4f}"
     gate(f"{text}: {share:.0f}% of what the whole one brings (≥ 90)", share >= 90)
+
+
+@torch.no_grad()
+def losses(pipe: StableDiffusionPipeline, latents: torch.Tensor, readings: list, lowest: int, rng) -> torch.Tensor:
+    """The denoising losses (readings, B) of latents (B, 4, 8, 8), all with the same noise and timesteps ≥ `lowest`.
+
+    Each of the `readings` is a list of B captions, and whether their end tokens alone are read.
+    """
+    t = torch.from_numpy(rng.integers(lowest, 1000, len(latents))).to(DEVICE)
+    noise = torch.from_numpy(rng.standard_normal(latents.shape, dtype=np.float32)).to(DEVICE)
+    noisy, found = pipe.scheduler.add_noise(latents, noise, t), []
+    for captions, alone in readings:
+        embeddings = embed_captions(pipe.text_encoder, captions, pipe.tokenizer, alone)
+        found.append((pipe.unet(noisy, t, embeddings).sample - noise).square().mean((1, 2, 3)))
+    return torch.stack(found)
 
 
 def draw_samples(pipe: StableDiffusionPipeline, file: str) -> None:
@@ -107,14 +140,14 @@ def draw_samples(pipe: StableDiffusionPipeline, file: str) -> None:
 
 
 def ridge(x: torch.Tensor, labels: np.ndarray, penalty: float = 0.1) -> np.ndarray:
-    """A linear reader: ridge regression on one-hot labels.
+    """A linear reader: ridge regression on one-hot labels, fitted to the first rows of `x`, which reads the others.
 
     Args:
-        x: (n, ...), features. The reader is fitted to the first rows, which have labels.
-        labels: (fitted, columns) int.
+        x: (n, ...), features.
+        labels: (fitted, columns) int, those of the first rows.
 
     Returns:
-        The labels that it reads from the other rows, (n − fitted, columns) int.
+        The labels of the other rows, (n − fitted, columns) int.
     """
     fitted, x = len(labels), x.flatten(1).float()
     x = (x - x[:fitted].mean(0)) / (x[:fitted].std(0) + 1e-6) / x.shape[1] ** 0.5
@@ -134,58 +167,9 @@ def ridge(x: torch.Tensor, labels: np.ndarray, penalty: float = 0.1) -> np.ndarr
     return torch.stack([s.argmax(1) for s in scores], 1).numpy()
 
 
-def probe(x: torch.Tensor, scenes: np.ndarray, fitted: int) -> np.ndarray:
-    """The accuracy (9,), in percent, of a linear reader of the nine details, fitted to the first rows of x."""
-    return 100 * (ridge(x, scenes[:fitted]) == scenes[fitted:]).mean(0)[2:]
-
-
-@torch.no_grad()
-def unseen_accuracy(clip, count: int = 3000, seed: int = 10) -> float:
-    """Zero-shot accuracy in percent, over the ten classes, on scenes that no training has drawn."""
-    scenes, rng = random_scenes(count, seed), np.random.default_rng(seed)
-    images = torch.stack([clip.preprocess_image(draw(scene, rng)) for scene in scenes])
-    embeddings = torch.cat([clip.model.encode_image(i.to(DEVICE), normalize=True) for i in images.split(250)])
-    texts = clip.model.encode_text(clip.tokenizer()([f"{PREFIX}the {c}" for c in CLASSES]).to(DEVICE), normalize=True)
-    nearest = (embeddings @ texts.T).argmax(1).cpu().numpy()
-    return 100 * float((nearest == scenes[:, 0]).mean())
-
-
-@torch.no_grad()
-def losses(pipe: StableDiffusionPipeline, latents: torch.Tensor, embeddings: list, lowest: int, rng) -> torch.Tensor:
-    """The denoising losses (texts, B) of latents (B, 4, 8, 8) under each of some `embeddings` (B, L, W) of texts.
-
-    All have the same noise and timesteps, from `lowest` to 999.
-    """
-    t = torch.from_numpy(rng.integers(lowest, 1000, len(latents))).to(DEVICE)
-    noise = torch.from_numpy(rng.standard_normal(latents.shape, dtype=np.float32)).to(DEVICE)
-    noisy = pipe.scheduler.add_noise(latents, noise, t)
-    return torch.stack([(pipe.unet(noisy, t, e).sample - noise).square().mean((1, 2, 3)) for e in embeddings])
-
-
-def loss_rise(pipe: StableDiffusionPipeline, scenes: np.ndarray, latents: torch.Tensor, k: int) -> tuple[float, float]:
-    """The rise of the denoising loss when only column `k` of the scene is wrong in the caption: its mean and z-value.
-
-    The captions name class, color and that detail.
-    """
-    rng, rises = np.random.default_rng(k), []
-    for right, z in zip(np.split(scenes, range(250, len(scenes), 250)), latents.split(250)):
-        wrong = right.copy()
-        wrong[:, k] = (wrong[:, k] + rng.integers(1, VALUES[k], len(wrong))) % VALUES[k]
-        captions = [[caption(scene, np.isin(np.arange(10), (0, k - 1))) for scene in side] for side in (right, wrong)]
-        embeddings = [embed_captions(pipe.text_encoder, texts, pipe.tokenizer) for texts in captions]
-        of_right, of_wrong = losses(pipe, z, embeddings, 300, rng)
-        rises.append(of_wrong - of_right)
-    d = torch.cat(rises).double()
-    return d.mean().item(), (d.mean() / (d.std() / len(d) ** 0.5)).item()
-
-
-def end_token_losses(pipe: StableDiffusionPipeline, scenes: np.ndarray, latents: torch.Tensor) -> list[float]:
-    """The denoising loss with no caption, with captions that name half of the details, and with their end token."""
-    rng, found = np.random.default_rng(14), []
-    for part, z in zip(np.split(scenes, range(250, len(scenes), 250)), latents.split(250)):
-        named = rng.random((len(z), 10)) < DIFFUSION_NAMES
-        captions = [caption(scene, n) for scene, n in zip(part, named)]
-        readings = (([""] * len(z), False), (captions, False), (captions, True))
-        embeddings = [embed_captions(pipe.text_encoder, texts, pipe.tokenizer, alone) for texts, alone in readings]
-        found.append(losses(pipe, z, embeddings, 0, rng))
-    return torch.cat(found, 1).mean(1).tolist()
+def unseen_accuracy(clip) -> float:
+    """Zero-shot accuracy in percent, over the ten classes, on 3,000 scenes that no training has drawn."""
+    scenes, rng = random_scenes(3000, 10), np.random.default_rng(10)
+    batches = torch.stack([clip.preprocess_image(draw(scene, rng)) for scene in scenes]).split(250)
+    named = classify(clip, batches, CLASSES, DEVICE, [PREFIX + "the {}"])
+    return 100 * float((named == scenes[:, 0]).mean())

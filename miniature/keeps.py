@@ -1,15 +1,12 @@
 """How much of a scene is kept in the pictures that φ draws from CLIP's condition, before and after a run.
 
-    python miniature/keeps.py                # the default run, runs/miniature
-    python miniature/keeps.py RUN
+    python miniature/keeps.py RUN            # by default the default run, runs/miniature
 
 The pictures of extras/reconstruct.py, counted: φ draws unseen scenes from the condition of the untouched CLIP and of
 the trained one, with the same noise, patches and linear layer. A linear reader of pixels, fitted to other scenes that
 the VAE has encoded and decoded, reads class, color and the nine details. Two columns bound what can be kept: "VAE
 alone", the decoded scenes themselves, and "caption", pictures that φ draws from full captions. The control "another's"
 compares the pictures after training with another scene.
-
-Seeds of scenes: 62 (to fit) and 63 (to draw); claims.py lists all.
 """
 
 from __future__ import annotations
@@ -23,15 +20,13 @@ from harness.errors import UserError, exit_on_user_error, usage_error
 
 
 def read_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Count what is kept in the pictures drawn from CLIP's condition.")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.error = usage_error
     parser.add_argument("run", nargs="?", default="runs/miniature", metavar="RUN", help="a run's folder (%(default)s)")
-    parser.add_argument("--scenes", type=int, default=300, metavar="N", help="scenes to draw (%(default)s)")
-    parser.add_argument("--steps", type=int, default=25, metavar="N", help="DDIM steps (%(default)s)")
     parser.add_argument("--guidance", type=float, default=1, metavar="G", help="1 is no guidance (%(default)s)")
     args = parser.parse_args(argv)
-    if args.scenes < 2 or not 1 <= args.steps <= 1000 or not 1 <= args.guidance < float("inf"):
-        raise UserError("--scenes must be at least 2, --steps from 1 to 1000, --guidance at least 1")
+    if not 1 <= args.guidance < float("inf"):
+        raise UserError("--guidance must be at least 1")
     if args.run == parser.get_default("run") and not Path(args.run).exists():
         raise UserError(f"{args.run}: not found; run `python train.py` first, or name a run")
     return args
@@ -45,21 +40,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from extras.reconstruct import Reconstruction, load_run
+from extras.reconstruct import load_run
 from miniature import world
 from miniature.claims import answers, change, draw_scenes, markdown, score
 from miniature.gates import ridge
 from miniature.models import DEVICE, encode
 from model import embed_texts
 
-
-def draw_all(run: Reconstruction, conditions: list[torch.Tensor], steps: int, guidance: float) -> list[torch.Tensor]:
-    """The pictures that φ draws from several conditions (B, L, W) of the same scenes, with the same noise."""
-    noise, pictures = run.noise(len(conditions[0]), seed=0), []
-    for condition in conditions:
-        parts = tqdm(list(zip(condition.split(25), noise.split(25))), desc="draw", unit="25 pictures", leave=False)
-        pictures.append(torch.cat([run.draw(c, z, steps, guidance, progress=False) for c, z in parts]))
-    return pictures
+SCENES, STEPS = 300, 25  # scenes to draw, DDIM steps
 
 
 def table(scenes: np.ndarray, reads: list[np.ndarray]) -> str:
@@ -85,16 +73,19 @@ def main(args: argparse.Namespace) -> None:
     run = load_run(args.run, DEVICE)
     if run.image_size != world.SIZE:
         raise UserError(f"{args.run}: must be a run of a miniature; its images have {run.image_size} pixels per side")
-    fitted, drawn = draw_scenes(3000, seed=62), draw_scenes(args.scenes, seed=63)
+    fitted, drawn = draw_scenes(3000, seed=62), draw_scenes(SCENES, seed=63)
     scenes, vae = np.concatenate([fitted[0], drawn[0]]), run.diffusion.vae
     pixels = torch.from_numpy(np.stack([*fitted[1], *drawn[1]])).permute(0, 3, 1, 2)
     latents = encode(vae, pixels, scale=1)
-    decoded = torch.cat([vae.decode(z).sample / 2 + 0.5 for z in latents.split(250)]).clamp(0, 1)
+    pictures = [vae.decode(z).sample / 2 + 0.5 for z in latents.split(250)]  # first the decoded scenes
     captions = embed_texts(run.args.diffusion, [world.caption(scene, [True] * 10) for scene in drawn[0]])
     conditions = [captions.to(DEVICE), *run.conditions(pixels[3000:].to(DEVICE) / 255, seed=0)]
-    pictures = draw_all(run, conditions, args.steps, args.guidance)
-    reads = ridge(torch.cat([decoded, *pictures]).cpu(), scenes[:3000]).reshape(4, args.scenes, -1)
-    print(f"{args.scenes} unseen scenes, DDIM with {args.steps} steps, guidance {args.guidance:g}, {args.run}\n")
+    noise = run.noise(SCENES, seed=0)
+    for condition in conditions:
+        parts = tqdm(list(zip(condition.split(25), noise.split(25))), desc="draw", unit="25 pictures", leave=False)
+        pictures += [run.draw(c, z, STEPS, args.guidance, progress=False) for c, z in parts]
+    reads = ridge(torch.cat(pictures).clamp(0, 1).cpu(), scenes[:3000]).reshape(4, SCENES, -1)
+    print(f"{SCENES} unseen scenes, DDIM with {STEPS} steps, guidance {args.guidance:g}, {args.run}\n")
     print(table(drawn[0], list(reads)))
 
 

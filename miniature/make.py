@@ -30,15 +30,12 @@ from harness.errors import UserError, exit_on_user_error, usage_error
 
 
 def read_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Make the miniature world and its models from scratch.")
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.error = usage_error
-    parts = parser.add_subparsers(dest="part", required=True, metavar="PART")
-    helps = dict(
-        all="every part below, in this order", images="images.tar", mmvp="a benchmark",
-        clip="clip/", vae="diffusion/vae", diffusion="diffusion/", check="print the gates",
-    )  # fmt: skip
-    for name, text in helps.items():
-        part = parts.add_parser(name, help=text)
+    parts = parser.add_subparsers(dest="part", required=True)
+    for name in ("all", "images", "mmvp", "clip", "vae", "diffusion", "check"):
+        part = parts.add_parser(name)
         part.error = usage_error
         add = part.add_argument
         if name == "mmvp":
@@ -50,7 +47,6 @@ def read_args(argv: list[str] | None = None) -> argparse.Namespace:
         if name in ("all", "clip", "vae", "diffusion"):
             add("--seed", type=int, default=0, metavar="N", help="seed of scenes, weights and noise (%(default)s)")
         if name == "clip":
-            add("--steps", type=int, default=450, metavar="N", help="steps of the contrastive loss (%(default)s)")
             add("--text-width", type=int, default=128, metavar="N", help="width of the text tower (%(default)s)")
             add("--text-layers", type=int, default=2, metavar="N", help="depth of the text tower (%(default)s)")
             add("--contrastive", action="store_true", help="train both towers together")
@@ -58,7 +54,7 @@ def read_args(argv: list[str] | None = None) -> argparse.Namespace:
             add("--steps", type=int, default=4500, metavar="N", help="training steps (%(default)s)")
             add("--vae", type=Path, metavar="FOLDER", help="a VAE to use instead of DIR/diffusion/vae")
             add("--start", type=Path, metavar="FOLDER", help="a U-Net to start from, where shapes fit")
-        if name in ("all", "check"):
+        if name == "check":
             add("--samples", metavar="FILE.png", help="draw 24 pictures from captions")
     args = parser.parse_args(argv)
     if args.part == "clip" and (args.text_width < 32 or args.text_width % 32):
@@ -87,11 +83,9 @@ def main(args: argparse.Namespace) -> None:
     settings = vars(args).copy()
     calls = {settings.pop("part"): settings}
     if args.part == "all":
-        folder, seeded = dict(out=args.out), dict(out=args.out, seed=args.seed)
-        calls = dict(
-            images=folder, mmvp=dict(out=args.out / "mmvp"), clip=seeded, vae=seeded, diffusion=seeded, check=settings
-        )
-        settings.pop("seed")  # the gates have their own
+        folder = dict(out=args.out)
+        calls = dict(images=folder, mmvp=dict(out=args.out / "mmvp"))
+        calls |= dict(clip=settings, vae=settings, diffusion=settings, check=folder)
     args.out.mkdir(parents=True, exist_ok=True)
     for name, arguments in calls.items():
         start = time.perf_counter()

@@ -3,13 +3,11 @@
 **CLIP overlooks details for the same reason as the real one**: a caption always names the class, mostly the colour
 (80%), and each detail rarely (one in eight). Class and colour tell a batch's captions apart, and details are learned
 last. Its text tower is trained first, on text alone, to tell all words apart, and then frozen. Two towers that learn
-together from such captions give "upright" and "inverted" the same embedding. No training of the vision tower alone,
-such as DIVA's, could then raise the score.
+together from such captions give "upright" and "inverted" the same embedding, so that no training of the vision tower
+alone could raise the score.
 
 **The diffusion model reads its captions.** Its text encoder is CLIP's text tower, as in Stable Diffusion 1.x. Its
-captions name each detail one time in two. It is trained more often at high noise, where it depends on the caption. Like
-Stable Diffusion, it can also read the end token alone: in 55 of 100 of its captions the end token is repeated at every
-position but the first.
+captions name each detail one time in two. It is trained more often at high noise, where it depends on the caption.
 """
 
 from __future__ import annotations
@@ -72,12 +70,12 @@ def pool(count: int, seed: int) -> tuple[np.ndarray, torch.Tensor]:
     return scenes, torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 
-def fit(name: str, module: torch.nn.Module, loss_of, steps: int, lr: float) -> torch.nn.Module:
-    """Minimizes loss_of(module) with AdamW, in bf16, and returns the module in eval mode."""
+def fit(name: str, module: torch.nn.Module, loss_of, steps: int, lr: float) -> None:
+    """Minimizes loss_of(module) with AdamW, in bf16; then puts the module in eval mode."""
     parameters = list(module.parameters())
     optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.05)
-    bar, smooth = tqdm(range(steps), desc=name, unit="step"), None
+    bar = tqdm(range(steps), desc=name, unit="step")
     for _ in bar:
         with torch.autocast(DEVICE.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):  # fastest on a CPU
             loss = loss_of(module)
@@ -86,9 +84,8 @@ def fit(name: str, module: torch.nn.Module, loss_of, steps: int, lr: float) -> t
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
-        bar.set_postfix_str(f"smoothed loss {smooth:.4f}", refresh=False)
-    return module.eval()
+        bar.set_postfix_str(f"loss {loss.item():.4f}", refresh=False)
+    module.eval()
 
 
 def make_clip(
@@ -114,7 +111,6 @@ def make_clip(
     directions = torch.linalg.qr(torch.randn(128, sum(VALUES)))[0].T.to(DEVICE)  # one for each value, orthogonal
     rng = np.random.default_rng(seed)
     scenes, pixels = pool(POOL, seed + 1)
-    names = DIFFUSION_NAMES if contrastive else CLIP_NAMES
 
     def text_loss(clip: torch.nn.Module) -> torch.Tensor:
         """Pulls a caption's embedding toward the weighted sum of the directions of the values that it names."""
@@ -126,8 +122,10 @@ def make_clip(
 
     if not contrastive:
         fit("clip, text", clip, text_loss, 400, 1e-3)
-    weights = fit_clip("clip", clip, scenes, pixels, names, rng, steps, 1e-3, batch, text=contrastive).state_dict()
-    save_file({k: v.half().contiguous() for k, v in weights.items()}, out / "clip" / "open_clip_model.safetensors")
+    names = DIFFUSION_NAMES if contrastive else CLIP_NAMES
+    fit_clip(clip, scenes, pixels, names, rng, steps, 1e-3, batch, text=contrastive)
+    weights = {name: weight.half().contiguous() for name, weight in clip.state_dict().items()}
+    save_file(weights, out / "clip" / "open_clip_model.safetensors")
 
 
 def read(clip: torch.nn.Module, scenes: np.ndarray, names: list[float], rng) -> tuple[np.ndarray, torch.Tensor]:
@@ -136,12 +134,12 @@ def read(clip: torch.nn.Module, scenes: np.ndarray, names: list[float], rng) -> 
     Returns what they name, (B, 10) bool, and CLIP's unit embeddings (B, D).
     """
     named = rng.random((len(scenes), 10)) < names
-    texts = [PREFIX * (rng.random() < 0.5) + caption(scene, n) for scene, n in zip(scenes, named)]
+    texts = [(PREFIX if rng.random() < 0.5 else "") + caption(scene, n) for scene, n in zip(scenes, named)]
     return named, clip.encode_text(tokens(texts, tokenizer(24)), normalize=True)
 
 
-def fit_clip(name: str, clip, scenes, pixels, names: list[float], rng, steps, lr, batch=256, text=False):
-    """Trains the vision tower, and the text tower if `text`, with the contrastive loss. Returns the CLIP."""
+def fit_clip(clip, scenes, pixels, names: list[float], rng, steps, lr, batch=256, text=False) -> None:
+    """Trains the vision tower, and the text tower if `text`, with the contrastive loss."""
     mean, std = (torch.tensor(clip.visual.preprocess_cfg[k], device=DEVICE)[:, None, None] for k in ("mean", "std"))
     criterion = open_clip.ClipLoss()
     for key, parameter in clip.named_parameters():
@@ -153,12 +151,12 @@ def fit_clip(name: str, clip, scenes, pixels, names: list[float], rng, steps, lr
         images = clip.encode_image((pixels[chosen].to(DEVICE) / 255 - mean) / std, normalize=True)
         return criterion(images, texts, clip.logit_scale.exp())
 
-    return fit(f"{name}, {'both towers' if text else 'vision'}", clip.train(), loss, steps, lr)
+    fit("clip, both towers" if text else "clip, vision", clip.train(), loss, steps, lr)
 
 
 def learn_captions(clip: torch.nn.Module, scenes, pixels, seed: int) -> None:
     """The ceiling for post-training: 100 steps of the vision tower on captions that name everything."""
-    fit_clip("captions", clip, scenes, pixels, 10 * [1.0], np.random.default_rng(seed), 100, 1e-4)
+    fit_clip(clip, scenes, pixels, 10 * [1.0], np.random.default_rng(seed), 100, 1e-4)
 
 
 def make_vae(out: Path, seed: int, steps: int = 4500, batch: int = 16) -> None:
@@ -175,7 +173,7 @@ def make_vae(out: Path, seed: int, steps: int = 4500, batch: int = 16) -> None:
         posterior = vae.encode(images).latent_dist
         return F.l1_loss(vae.decode(posterior.sample()).sample, images) + 1e-6 * posterior.kl().mean()
 
-    vae = fit("vae", vae, loss, steps, 1e-3)
+    fit("vae", vae, loss, steps, 1e-3)
     vae.register_to_config(scaling_factor=round(1 / encode(vae, pixels[:2000], 1).std().item(), 4))
     vae.half().save_pretrained(out / "diffusion" / "vae")
 
@@ -203,10 +201,7 @@ def text_encoder(clip: torch.nn.Module) -> CLIPTextModel:
 
 @torch.no_grad()
 def embed_captions(text: CLIPTextModel, captions: list[str], tok, alone=False) -> torch.Tensor:
-    """The text encoder's output (B, L, W).
-
-    Where `alone` (one bool, or B of them) is true, the end token's output is repeated at every position but the first.
-    """
+    """The text encoder's output (B, L, W). Where `alone`, the end token's fills every position but the first."""
     ids = tokens(captions, tok)
     hidden = text(ids).last_hidden_state
     end = hidden[torch.arange(len(ids)), ids.argmax(1)][:, None]  # (B, 1, W): the first of the highest ids
@@ -219,8 +214,8 @@ def make_diffusion(
 ) -> None:
     """Writes diffusion/: a U-Net, trained by ε-prediction on the VAE's latents, with CLIP's text tower.
 
-    The end token alone is left of 55 captions in 100, so that the U-Net learns to read it, as Stable Diffusion can
-    ("Padding Tone", NAACL 2025).
+    In 55 of 100 captions the end token's output fills all positions but the first, so that the U-Net learns to read it
+    alone, as Stable Diffusion can ("Padding Tone", NAACL 2025).
 
     Args:
         vae: the folder of a VAE; `out`/diffusion/vae if None.
@@ -260,7 +255,7 @@ def make_diffusion(
         z, noise = latents[chosen], torch.randn(batch, *latents.shape[1:], device=DEVICE)
         return F.mse_loss(unet(scheduler.add_noise(z, noise, t), t, hidden).sample.float(), noise)
 
-    unet = fit("diffusion", unet, loss, steps, 1e-3)
+    fit("diffusion", unet, loss, steps, 1e-3)
     StableDiffusionPipeline(
         vae=vae.half(), unet=unet.half(), text_encoder=text.half(), tokenizer=tok,
         scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,

@@ -1,13 +1,7 @@
 """A drawn world of 64 × 64 pixels: scenes, their pictures and captions, and a benchmark in MMVP-VLM's layout.
 
-A scene is one thing of ten classes and six colours, with nine details, which are the nine types of MMVP-VLM. A person
-sees each of them at a glance. All are uniform and independent.
-
-    Orientation           upright, inverted          Color                 the ground is white, grey, pink, mint
-    Presence              with or without hat        Structural Character  plain, striped, checked
-    State                 whole, broken              Text                  a sign with A, E, O, X
-    Quantity              one, two, three stars      Camera Perspective    near, far
-    Spatial               at left, at right
+A scene is one thing of ten classes (SHAPES) and six colours, with nine details (DETAILS), which are the nine types of
+MMVP-VLM. A person sees each of them at a glance. All are uniform and independent.
 """
 
 from __future__ import annotations
@@ -38,7 +32,7 @@ DETAILS = {  # MMVP-VLM's nine types, and the values of each
     "State": ("whole", "broken"),
     "Quantity": ("under one star", "under two stars", "under three stars"),
     "Spatial": ("at left", "at right"),
-    "Color": tuple(GROUNDS),
+    "Color": tuple(GROUNDS),  # of the ground
     "Structural Character": ("plain", "striped", "checked"),
     "Text": ("beside A", "beside E", "beside O", "beside X"),
     "Camera Perspective": ("near", "far"),
@@ -57,7 +51,7 @@ SHAPES = {  # in percent of a square, y down: polygons "x y x y …"; "+ box" dr
     + ["60 64 85 64 85 76 60 76", "60 86 85 86 85 100 60 100"],
 }
 CLASSES = tuple(SHAPES)
-VALUES = [len(CLASSES), len(COLOURS), *(len(v) for v in DETAILS.values())]  # how many there are in each column
+VALUES = [len(CLASSES), len(COLOURS), *(len(v) for v in DETAILS.values())]  # of each column of a scene
 
 
 def caption(scene, named) -> str:
