@@ -16,7 +16,7 @@ from harness.processes import copy_to_device
 
 @dataclass(frozen=True)
 class Recap:
-    """Visual dense recap (section 3.3): which of a CLIP's P local tokens join the class token.
+    """Visual dense recap (section 3.3): which of a CLIP's P local tokens are kept beside the class token.
 
     The paper: with all of them, reconstruction is too easy to teach anything; with none, it is too hard. (For MetaCLIP
     and for DFN at 224 it takes all.)
@@ -24,7 +24,7 @@ class Recap:
 
     kind: str  # "random", "pool", "all" or "none"
     num_patches: int  # P
-    count: int  # K, the number of tokens that join
+    count: int  # K, the number of local tokens that are kept
     window: int = 1  # of "pool": how many consecutive patches are averaged into one token
 
 
@@ -72,7 +72,7 @@ def visual_tokens(visual: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor
     if hasattr(visual, "trunk"):  # timm's; these three are identities in SigLIP
         local = visual.head(visual.trunk.head(visual.trunk.fc_norm(local)))
     elif visual.proj is not None:
-        local = local @ visual.proj  # separately: one product for class and local tokens would round differently
+        local = local @ visual.proj  # apart from the class token, which keeps the bits of encode_image
     return features["image_features"], local
 
 
@@ -117,7 +117,7 @@ def dense_recap(
 class VisualCondition(nn.Module):
     """Everything that can be trained: CLIP's vision tower θ and the linear layer to the U-Net's cross-attention width.
 
-    DDP wraps this module; φ stays outside it. The tower is the one in `clip`, so saving `clip` saves what was trained.
+    DDP wraps this module; φ stays outside it. The tower is `clip.model.visual` itself, so saving `clip` saves what was trained.
 
     Args:
         clip: a `model.Clip`.
@@ -163,7 +163,7 @@ class VisualCondition(nn.Module):
     def build_condition(
         self, cls: torch.Tensor, local: torch.Tensor, text_embedding: torch.Tensor, patch_indices: torch.Tensor | None
     ) -> torch.Tensor:
-        """Visual tokens, (B, D) and (B, P, D) → condition c; otherwise as `forward`."""
+        """Visual tokens, (B, D) and (B, P, D) → condition c. The other arguments are those of `forward`."""
         tokens = self.projection(dense_recap(cls, local, self.recap, patch_indices))  # (B, N, 1 + K, W)
         if self.join == "mean":
             text_embedding = text_embedding.mean(1, keepdim=True)  # (1 or B, 1, W)

@@ -1,8 +1,8 @@
 """Training images, by step and position in the batch: Algorithm 1, line 1.
 
 The source is a folder of images, shards in webdataset's format (uncompressed tar files, as img2dataset writes them), or
-`synthetic` noise; see harness/sources.py. Each image can be read on its own, so each epoch is a full shuffle, and a run
-resumes at the exact image.
+`synthetic` noise; see harness/sources.py. Images are read in any order, so each epoch is a full shuffle, and a run
+resumes at the next image.
 
 All random draws for an image depend only on the run's seed, the step and the image's position in the global batch, not
 on the number of processes, the micro-batch size, the reader threads or the device.
@@ -26,7 +26,7 @@ from harness.sources import ImageFiles, Shards, find_sources
 ORDER, DRAWS, CROP = 0, 1, 2  # random streams: the shuffle, Algorithm 1's draws, the crops
 SYNTHETIC = 1_000_000  # number of `synthetic` images
 MAX_REPLACEMENTS = 30  # for one unreadable image, before the run stops
-SMALLEST_CROP = 0.9  # of the area, hence of each side
+SMALLEST_CROP = 0.9  # share of the area; each side then keeps at least this share, too
 
 
 def image_rngs(seed: int, keys: list[tuple[int, int]]) -> list[np.random.Generator]:
@@ -52,7 +52,7 @@ class TrainingImages:
         return SYNTHETIC if self.files is None else len(self.files)
 
     def index(self, step: int, position: int) -> int:
-        """The index of an image in `files`: the global batches run through one shuffled epoch after another."""
+        """The index of an image in `files`: batch after batch, through one shuffled epoch and then the next."""
         epoch, place = divmod(step * self.batch_size + position, len(self))
         return int(shuffled(len(self), self.seed, epoch)[place])
 
@@ -86,7 +86,7 @@ def decode_crop(content: bytes, size: int, rng: np.random.Generator) -> torch.Te
     """
     with open_image(content) as image:
         shrink = size / (SMALLEST_CROP * min(image.size))
-        if shrink < 1:  # a JPEG decodes faster at 1/2, 1/4 or 1/8 of its size: take the smallest that holds the crop
+        if shrink < 1:  # a JPEG decodes faster at 1/2, 1/4 or 1/8 of its size, if the crop stays large enough
             image.draft(None, (int(np.ceil(image.width * shrink)), int(np.ceil(image.height * shrink))))
         image = to_rgb(image)
     width, height = image.size
@@ -99,7 +99,7 @@ def decode_crop(content: bytes, size: int, rng: np.random.Generator) -> torch.Te
 def random_crop_box(width: int, height: int, rng: np.random.Generator) -> tuple[float, float, float, float]:
     """A crop of 0.9–1.0 of the area with an aspect ratio of 3/4–4/3: (left, top, right, bottom) in [0, 1].
 
-    As torchvision's RandomResizedCrop: ten tries for a box that fits, then the largest centered one in that range.
+    As torchvision's RandomResizedCrop: ten tries; if no box fits, the largest centered one with an allowed ratio.
     """
     for area, log_ratio in zip(rng.uniform(SMALLEST_CROP, 1.0, 10), rng.uniform(np.log(3 / 4), np.log(4 / 3), 10)):
         w = np.sqrt(area * width * height * np.exp(log_ratio)) / width
