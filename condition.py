@@ -117,7 +117,8 @@ def dense_recap(
 class VisualCondition(nn.Module):
     """Everything that can be trained: CLIP's vision tower θ and the linear layer to the U-Net's cross-attention width.
 
-    DDP wraps this module; φ stays outside it. The tower is `clip.model.visual` itself, so saving `clip` saves what was trained.
+    DDP wraps this module; φ stays outside it. The tower is `clip.model.visual` itself, so saving `clip` saves what was
+    trained.
 
     Args:
         clip: a `model.Clip`.
