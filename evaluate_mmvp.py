@@ -27,8 +27,7 @@ if __name__ == "__main__":  # before the imports that take seconds, so that --he
 
 import argparse
 import os
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -75,6 +74,15 @@ def embed_images(cls: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
     return torch.stack([cls, normalize(cls + normalize(local, dim=-1).mean(1), dim=-1)])
 
 
+def read_pictures(clip: Clip, paths: Sequence, batch_size: int, progress: bool = True) -> Iterator[torch.Tensor]:
+    """The images as CLIP's input, in batches (B, 3, s, s). UserError: an image cannot be read."""
+    options = dict(unit=f"{batch_size} images", leave=False, delay=1)
+    options["disable"] = None if progress else True  # None: no progress bar in a log file
+    with ThreadPoolExecutor() as pool:  # a GPU encodes faster than one core reads
+        for start in tqdm(range(0, len(paths), batch_size), **options):
+            yield torch.stack(list(pool.map(clip.preprocess_file, paths[start : start + batch_size])))
+
+
 def encode_pairs(
     clip: Clip, pairs: list[Pair], device, batch_size: int = 32, progress: bool = True
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -87,20 +95,13 @@ def encode_pairs(
         UserError: an image cannot be read, or this CLIP has no tokenizer.
     """
     tokenizer, model, per_batch = clip.tokenizer(), clip.model.to(device), max(1, batch_size // 2)
-    every = 0.1 if sys.stderr.isatty() else 30  # seconds; a log file needs few lines
-    bar = tqdm(
-        total=len(pairs), desc="MMVP-VLM", unit="pair", disable=not progress, leave=False, delay=1,
-        mininterval=every, maxinterval=10 + every,
-    )  # fmt: skip
-    with bar, ThreadPoolExecutor() as pool:  # a GPU encodes faster than one core reads
-        for start in range(0, len(pairs), per_batch):
-            batch = pairs[start : start + per_batch]
-            images = pool.map(clip.preprocess_file, [path for pair in batch for path in pair.images])
-            cls, local = visual_tokens(model.visual, torch.stack(list(images)).to(device))
-            statements = ["a photo of " + statement for pair in batch for statement in pair.statements]
-            texts = model.encode_text(tokenizer(statements).to(device), normalize=True).unflatten(0, (-1, 2))
-            yield cls, local, texts
-            bar.update(len(batch))
+    batches = [pairs[start : start + per_batch] for start in range(0, len(pairs), per_batch)]
+    paths = [path for pair in pairs for path in pair.images]
+    for images, batch in zip(read_pictures(clip, paths, 2 * per_batch, progress), batches):
+        cls, local = visual_tokens(model.visual, images.to(device))
+        statements = ["a photo of " + statement for pair in batch for statement in pair.statements]
+        texts = model.encode_text(tokenizer(statements).to(device), normalize=True).unflatten(0, (-1, 2))
+        yield cls, local, texts
 
 
 @torch.inference_mode()

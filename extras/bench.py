@@ -5,14 +5,14 @@
     python extras/bench.py --recipe openai-vit-l-14-224 --as-released      # adds the released code's work
 
 The step is train.py's own loop, on one device and without DDP, with random weights and synthetic images: one
-micro-batch and the optimizer's update, which a run with accumulation makes less often. Nothing is downloaded.
+micro-batch and one update, which a run with accumulation makes less often. Nothing is downloaded.
 
 The parts: "draws" are t, ε and the patches, made on the CPU and copied; "U-Net forward" includes z_t, "backward" the
-loss and the penalty of --ldifs, "optimizer" the clipping of the gradient. The device is waited for after each part, so
-on a GPU the parts add up to more than the step. A compiled step has no parts.
+loss and the penalty of --ldifs, "optimizer" the clipping of the gradient. The clock waits for the device after each
+part, so on a GPU the parts add up to more than the step. A compiled step has no parts.
 Memory: the maximum allocated on the GPU during a step; without a GPU, the maximum of the process.
 Work: counted on torch's meta device, not measured; attention counts as two matrix products.
-The released step and the step take turns, and each pair gives one ratio, so a slower machine slows down both.
+The two steps take turns, and each pair gives one ratio, so a slower machine slows down both.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from harness.options import count_processes, parse_args
 
 
 def read_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """train.py's settings for one micro-batch per step, and this command's own options."""
+    """The settings of train.py for one micro-batch per step, and this command's own options."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], epilog="Also takes all options of train.py.", allow_abbrev=False
     )
@@ -55,7 +55,7 @@ if __name__ == "__main__":  # before the imports that take seconds, so that --he
 import copy
 import datetime
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -70,10 +70,8 @@ import data
 import train
 from beyond import Ldifs, stages
 from harness.metrics import peak_memory
+from harness.processes import default_precision
 from model import Diffusion
-
-OPENAI = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))  # mean and std of the channels
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 class NoRun:
@@ -82,9 +80,7 @@ class NoRun:
     first_step = 0
 
     def record(self, loss: torch.Tensor, batch: dict) -> None: ...
-
     def log(self, step: int, grad_norm: torch.Tensor, lr: float) -> None: ...
-
     def save(self, step: int) -> None: ...
 
 
@@ -108,8 +104,7 @@ class Step:
         self.batch = data.collate([dataset[0, i] for i in range(args.micro_batch)])
 
     def batches(self) -> Iterator[dict]:
-        while True:
-            yield data.to_device(self.batch, self.device)
+        yield data.to_device(self.batch, self.device)
 
     def __call__(self) -> float:
         """Takes one step; returns its seconds."""
@@ -161,57 +156,38 @@ class ReleasedStep(Step):
     """Imitates the work of the released code's step with the models of `step`; not its code, and not its numbers.
 
     The N states of an image go one by one through CLIP, φ's text encoder and the U-Net, each with its own backward
-    pass; the VAE encodes an image once. Not imitated: the first state's weight in the gradient, how patches are drawn,
-    and the overhead of the Trainer around the step.
+    pass; the VAE encodes an image once. φ is held in fp32, so autocast casts its weights at each use. Not imitated: the
+    first state's weight in the gradient, how patches are drawn, how the VAE's input is normalized, and the overhead of
+    the Trainer around the step.
     """
 
     def __init__(self, step: Step):
         self.args, self.device, self.run, self.batch = step.args, step.device, step.run, step.batch
-        self.conditioner = step.conditioner
-        self.diffusion = ReleasedDiffusion(step.diffusion, step.args.diffusion, self.device)
+        self.conditioner, name = step.conditioner, step.args.diffusion
         self.draws = replace(step.draws, states=1)  # in the loop each state is a micro-batch
         self.stage = replace(step.stage, accumulation=step.draws.states, penalty=None)
-
-    def batches(self) -> Iterator[dict]:
-        for batch in super().batches():
-            for state in range(self.stage.accumulation):
-                self.diffusion.text_embedding = self.diffusion.embed_text()
-                yield batch | dict(keys=[(state, position) for _, position in batch["keys"]])
-
-
-class ReleasedDiffusion(Diffusion):
-    """φ in fp32, under autocast to the precision of `diffusion`: its weights are cast at each use.
-
-    The VAE's input is normalized with OpenAI's numbers and un-normalized with ImageNet's, as in the released code.
-    """
-
-    def __init__(self, diffusion: Diffusion, name: str, device: torch.device):
-        kind = "cuda" if device.type == "cuda" else "cpu"  # there is no autocast for meta
-        cast = torch.autocast(kind, torch.bfloat16, enabled=diffusion.unet.dtype == torch.bfloat16)
         if os.path.isdir(name):
             config = CLIPTextConfig.from_pretrained(name, subfolder="text_encoder")
         else:  # that of 2.1-base
             depth = dict(num_hidden_layers=23, num_attention_heads=16)
             config = CLIPTextConfig(hidden_size=1024, intermediate_size=4096, **depth)
-        with torch.device(device):
+        with torch.device(self.device):
             self.text_encoder = CLIPTextModel(config).requires_grad_(False).eval()
             self.tokens = torch.zeros(1, config.max_position_embeddings, dtype=torch.int64)
-            self.mean_std = torch.tensor([*OPENAI, *IMAGENET])[:, :, None, None]
-        vae, unet = copy.deepcopy(diffusion.vae).float(), copy.deepcopy(diffusion.unet).float()
-        vae.encode, unet.forward = cast(vae.encode), cast(unet.forward)
-        self.text_encoder.forward = cast(self.text_encoder.forward)
-        super().__init__(vae, unet, diffusion.alphas_cumprod, diffusion.prediction_type, diffusion.text_embedding)
-        self.encoded = None, None
+        vae, unet = copy.deepcopy(step.diffusion.vae).float(), copy.deepcopy(step.diffusion.unet).float()
+        kind = "cuda" if self.device.type == "cuda" else "cpu"  # there is no autocast for meta
+        cast = torch.autocast(kind, torch.bfloat16, enabled=step.diffusion.unet.dtype == torch.bfloat16)
+        for module, name in ((vae, "encode"), (unet, "forward"), (self.text_encoder, "forward")):
+            setattr(module, name, cast(getattr(module, name)))
+        self.diffusion = replace(step.diffusion, vae=vae, unet=unet)
 
-    def embed_text(self) -> torch.Tensor:
-        return self.text_encoder(self.tokens).last_hidden_state.float()
-
-    def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """As `Diffusion.encode`; the states of an image share its latents."""
-        if self.encoded[0] is not images:
-            mean, std, imagenet_mean, imagenet_std = self.mean_std
-            self.encoded = images, super().encode((images - mean) / std * imagenet_std + imagenet_mean)
-        return self.encoded[1]
+    def batches(self) -> Iterator[dict]:
+        batch = data.to_device(self.batch, self.device)
+        latents = Diffusion.encode(self.diffusion, batch["images"])
+        self.diffusion.encode = lambda images: latents  # once for all states
+        for state in range(self.stage.accumulation):
+            self.diffusion.text_embedding = self.text_encoder(self.tokens).last_hidden_state.float()
+            yield batch | dict(keys=[(state, position) for _, position in batch["keys"]])
 
 
 def on_meta(args: argparse.Namespace) -> Step:
@@ -226,42 +202,38 @@ def executed_work(step: Step) -> float:
 
     What a fused kernel recomputes in its backward pass is not counted.
     """
-    counter = FlopCounterMode(display=False)
-    with counter:
+    with FlopCounterMode(display=False) as counter:
         step()
     return counter.get_total_flops() / step.args.micro_batch / 1e12
 
 
 def measure(args: argparse.Namespace, device: torch.device) -> dict[str, list[float]]:
     """The figures of a step, each with all its values."""
-    meta, step = on_meta(args), Step(args, device)
+    meta, step, figures = on_meta(args), Step(args, device), defaultdict(list)
+    work, image = executed_work(meta), 1000 / args.micro_batch  # TFLOP per image; seconds → ms per image
     step()
     if device.type == "cuda":  # the memory of a step, without that of loading
         torch.cuda.reset_peak_memory_stats()
     step()
-    gib = peak_memory() / 2**30
-    here, released, parts = [], [], []
+    memory = peak_memory() / 2**30
     if args.as_released:
-        imitation = ReleasedStep(step)
-        imitation()
+        released = ReleasedStep(step)
+        released()
     for _ in range(args.times):
-        here.append(step())
-        if args.as_released:
-            released.append(imitation())
+        seconds = step()
+        figures["the step, ms per image"].append(seconds * image)
         if not args.compile:
-            parts.append(step.parts())
-    image, work = 1000 / args.micro_batch, executed_work(meta)  # seconds → ms per image; TFLOP per image
-    figures = {"the step, ms per image": [seconds * image for seconds in here]}
-    for part in parts[0] if parts else ():
-        figures[f"… {part}"] = [seconds[part] * image for seconds in parts]
-    figures["images per second"] = [args.micro_batch / seconds for seconds in here]
-    figures["memory, GiB"] = [gib]
-    figures["work, TFLOP per image"] = [work]
-    figures["… TFLOP/s"] = [work * args.micro_batch / seconds for seconds in here]
+            for part, part_seconds in step.parts().items():
+                figures[f"… {part}"].append(part_seconds * image)
+        figures["images per second"].append(args.micro_batch / seconds)
+        figures["TFLOP/s"].append(work * args.micro_batch / seconds)
+        if args.as_released:
+            released_seconds = released()
+            figures["the released step's work, ms per image"].append(released_seconds * image)
+            figures["… its time over the step's"].append(released_seconds / seconds)
+    figures |= {"memory, GiB": [memory], "work, TFLOP per image": [work]}
     if args.as_released:
-        figures["the released step's work, ms per image"] = [seconds * image for seconds in released]
-        figures["… its time over the step's"] = [b / a for a, b in zip(here, released)]
-        figures["… TFLOP per image"] = [executed_work(ReleasedStep(meta))]
+        figures["… of the released step"] = [executed_work(ReleasedStep(meta))]
     return figures
 
 
@@ -274,7 +246,7 @@ def markdown(figures: dict[str, list[float]]) -> str:
     """A table of each figure's median, minimum and maximum, and the number of its measurements."""
     lines = ["| | median | min … max | times |", "|---|---|---|---|"]
     for name, values in figures.items():
-        spread = f"{number(min(values))} … {number(max(values))}" if len(values) > 1 else ""
+        spread = f"{number(min(values))} … {number(max(values))}"
         lines.append(f"| {name} | {number(median(values))} | {spread} | {len(values)} |")
     return "\n".join(lines)
 
@@ -282,7 +254,7 @@ def markdown(figures: dict[str, list[float]]) -> str:
 def main(args: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.benchmark = args.cudnn_benchmark
-    args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
+    args.precision = args.precision or default_precision(device)
     figures = measure(args, device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{args.recipe}, {args.precision}, micro-batch {args.micro_batch}, N = {args.states}")

@@ -30,7 +30,7 @@ from harness.options import count_processes, parse_args
 
 
 def read_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """train.py's settings and this command's own options."""
+    """The settings of train.py and this command's own options."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], epilog="Also takes all options of train.py.", allow_abbrev=False
     )
@@ -62,14 +62,15 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from beyond import fit_projection
-from condition import draw_patch_indices, visual_tokens
+from condition import draw_patch_indices
 from data import TrainingImages, image_rngs, micro_batch_keys, open_images, read_batches
-from evaluate_mmvp import pairs_right
+from evaluate_mmvp import encode_pairs, pairs_right
 from extras.bench import NoRun
 from extras.reconstruct import central_square
 from harness.mmvp import Pair, read_mmvp
 from harness.pictures import read_image
-from harness.recipes import TYPES
+from harness.precision import full_fp32
+from harness.processes import default_precision
 from harness.scores import average, interval, type_names, type_scores
 from train import Draws, Stage, algorithm_1, build, build_optimizer, denoising_loss, draw_states
 
@@ -83,14 +84,10 @@ def check_finite(what: str, *values: torch.Tensor) -> None:
 
 
 class LayerSteps(NoRun):
-    """Shows the steps of the linear layer on a progress bar."""
-
-    def __init__(self, bar: tqdm):
-        self.bar = bar
+    """The steps of the linear layer alone."""
 
     def log(self, step: int, grad_norm: torch.Tensor, lr: float) -> None:
         check_finite(f"the gradient at step {step} of the linear layer", grad_norm)
-        self.bar.update()
 
 
 class Pairs:
@@ -102,22 +99,14 @@ class Pairs:
 
     @torch.no_grad()
     def __init__(self, clip, diffusion, pairs: list[Pair], size: int, device: torch.device):
-        self.types = [pair.type for pair in pairs]
-        latents, cls, local, texts, tokenizer = [], [], [], [], clip.tokenizer()
-        for pair in tqdm(pairs, desc="encode", unit="pair", leave=False):
+        self.types, latents = [pair.type for pair in pairs], []
+        with full_fp32():
+            self.cls, self.local, self.texts = map(torch.cat, zip(*encode_pairs(clip, pairs, device)))
+        for pair in tqdm(pairs, desc="VAE", unit="pair", leave=False):
             squares = [central_square(read_image(path), size) for path in pair.images]
-            images = torch.stack(squares).to(device)  # (2, 3, S, S)
-            latents.append(diffusion.encode(images))
-            tokens = visual_tokens(clip.model.visual, clip.preprocess_batch(images))
-            cls.append(tokens[0])
-            local.append(tokens[1])
-            ids = tokenizer(["a photo of " + statement for statement in pair.statements]).to(device)
-            texts.append(clip.model.encode_text(ids, normalize=True))
-        self.latents, self.texts = torch.cat(latents), torch.stack(texts)
-        self.cls, self.local = torch.cat(cls), torch.cat(local)
-        check_finite("the latents of the benchmark's images", self.latents)
-        check_finite("CLIP's tokens of the benchmark's images", self.cls, self.local)
-        check_finite("CLIP's embeddings of the benchmark's statements", self.texts)
+            latents.append(diffusion.encode(torch.stack(squares).to(device)))
+        self.latents = torch.cat(latents)
+        check_finite("the encoded benchmark", self.latents, self.cls, self.local, self.texts)
 
     def cosines(self, cls: torch.Tensor) -> torch.Tensor:
         """The cosines of statements and images within each pair: (pairs, 2 statements, 2 images)."""
@@ -152,11 +141,10 @@ def alignments(pairs: Pairs, gradient: torch.Tensor) -> np.ndarray:
     return alignment.cpu().numpy()
 
 
-def measure(args, diffusion, conditioner, pairs: Pairs) -> dict:
-    """`rows`: for each type and for all pairs the alignment, its z, and the score before and after each move.
+def measure(args, diffusion, conditioner, pairs: Pairs) -> tuple[dict[str, dict], tuple[float, float]]:
+    """For each type and for all pairs the alignment, its z, and the score before and after each move.
 
-    z is None for a single pair, and if all alignments are equal. `change` is the 95% interval of the change of the
-    score of all pairs over all moves.
+    And the 95% interval of the change of the score of all pairs over all moves. z is NaN for a single pair.
     """
     cls, types, rights = pairs.cls, pairs.types, [pairs_right(pairs.cosines(pairs.cls).cpu().numpy())]
     gradient = feedback(args, diffusion, conditioner, pairs, cls, args.seed)
@@ -171,26 +159,39 @@ def measure(args, diffusion, conditioner, pairs: Pairs) -> dict:
     for name in scores[0]:
         chosen = values if name == "all" else values[np.array(types) == name]
         spread = chosen.std(ddof=1) if len(chosen) > 1 else 0
-        z = float(chosen.mean() / spread * len(chosen) ** 0.5) if spread else None
-        rows[name] = dict(alignment=float(chosen.mean()), z=z, scores=[score[name] for score in scores])
-    return dict(rows=rows, change=interval(rights[-1].astype(int) - rights[0], types))
+        z = chosen.mean() / spread * len(chosen) ** 0.5 if spread else float("nan")
+        rows[name] = dict(alignment=chosen.mean(), z=z, scores=[score[name] for score in scores])
+    return rows, interval(rights[-1].astype(int) - rights[0], types)
 
 
-def table(found: dict[str, dict]) -> str:
-    """The figures of `measure` for each stage, as text."""
-    width, lines = max(len(name) for name in [*found, *TYPES]), []
-    for stage, figures in found.items():
-        lines.append(f"\n{stage:{width + 2}}  alignment      z  score before → after each move (chance: 25)")
-        for name, row in figures["rows"].items():
-            z = "" if row["z"] is None else f"{row['z']:.1f}"
-            scores = " → ".join(f"{score:.1f}" for score in row["scores"])
-            lines.append(f"  {name:{width}}  {row['alignment']:+.3f}  {z:>5}  {scores}")
-        lines[-1] += " (95% interval of the change {:+.1f} … {:+.1f})".format(*figures["change"])
-    return "\n".join(lines)
+def table(stage: str, rows: dict[str, dict], change: tuple[float, float]) -> str:
+    """The figures of `measure` as text."""
+    width = max(len(name) for name in [stage, *rows])
+    lines = [f"\n{stage:{width}}    alignment      z  score before → after each move (chance: 25)"]
+    for name, row in rows.items():
+        scores = " → ".join(f"{score:.1f}" for score in row["scores"])
+        lines.append(f"  {name:{width}}  {row['alignment']:+.3f}  {row['z']:5.1f}  {scores}")
+    return "\n".join(lines) + " (95% interval of the change {:+.1f} … {:+.1f})".format(*change)
 
 
-def measure_stages(args, device: torch.device, benchmark: list[Pair]) -> dict[str, dict]:
-    """The figures of `measure` at the start of the linear layer and, with --projection-steps, after these steps."""
+def train_layer(args, diffusion, conditioner, dataset: TrainingImages) -> None:
+    """Trains the linear layer alone for --projection-steps."""
+    optimizer = build_optimizer(args, conditioner, list(conditioner.projection.parameters()))
+    steps, accumulation = args.projection_steps, args.batch_size // args.micro_batch
+    draws = Draws(args.seed, conditioner.recap, args.states, range(*args.timesteps))
+    stage = Stage(optimizer, range(steps), args.projection_lr, args.warmup, accumulation, args.max_grad_norm)
+    keys = micro_batch_keys(0, steps, args.batch_size, args.micro_batch, 0, 1)
+    batches = read_batches(dataset, keys, args.workers, diffusion.text_embedding.device)
+    with tqdm(batches, "linear layer", steps * accumulation, unit="micro-batch", leave=False) as batches:
+        algorithm_1(conditioner, diffusion, iter(batches), draws, stage, LayerSteps())
+
+
+def main(args: argparse.Namespace) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    args.precision = args.precision or default_precision(device)
+    everything, benchmark = read_mmvp(args.mmvp), []
+    for name in type_names([pair.type for pair in everything]):
+        benchmark += [pair for pair in everything if pair.type == name][: args.pairs]
     clip, diffusion, conditioner = build(args, device)
     size, layer_steps = args.image_size or diffusion.image_size, args.projection_steps
     dataset = TrainingImages(open_images(args.data), size, args.batch_size, args.seed)
@@ -201,27 +202,10 @@ def measure_stages(args, device: torch.device, benchmark: list[Pair]) -> dict[st
     if args.projection == "fitted":
         fit_projection(args, clip, conditioner, dataset)
     pairs = Pairs(clip, diffusion, benchmark, size, device)
-    found = {f"{args.projection} start": measure(args, diffusion, conditioner, pairs)}
+    print(table(f"{args.projection} start", *measure(args, diffusion, conditioner, pairs)), flush=True)
     if layer_steps:
-        optimizer = build_optimizer(args, conditioner, list(conditioner.projection.parameters()))
-        accumulation = args.batch_size // args.micro_batch
-        draws = Draws(args.seed, conditioner.recap, args.states, range(*args.timesteps))
-        stage = Stage(optimizer, range(layer_steps), args.projection_lr, args.warmup, accumulation, args.max_grad_norm)
-        keys = micro_batch_keys(0, layer_steps, args.batch_size, args.micro_batch, 0, 1)
-        batches = read_batches(dataset, keys, args.workers, device)
-        with tqdm(total=layer_steps, desc="linear layer", unit="step", leave=False) as bar:
-            algorithm_1(conditioner, diffusion, batches, draws, stage, LayerSteps(bar))
-        found[f"after {layer_steps} steps of the layer"] = measure(args, diffusion, conditioner, pairs)
-    return found
-
-
-def main(args: argparse.Namespace) -> None:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
-    everything, benchmark = read_mmvp(args.mmvp), []
-    for name in type_names([pair.type for pair in everything]):
-        benchmark += [pair for pair in everything if pair.type == name][: args.pairs]
-    print(table(measure_stages(args, device, benchmark)))
+        train_layer(args, diffusion, conditioner, dataset)
+        print(table(f"after {layer_steps} steps of the layer", *measure(args, diffusion, conditioner, pairs)))
 
 
 if __name__ == "__main__":

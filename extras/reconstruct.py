@@ -4,12 +4,11 @@
     python extras/reconstruct.py runs/l14 rows.png --images photos --count 6
 
 Below each image are the pictures that φ draws from the condition of the untouched CLIP and of the trained one. The rest
-is the same for both: the initial noise, the patches of the recap, and the linear layer, which is the one at the run's
-end. DDIM adds no noise, so the pictures differ only by what CLIP says.
+is the same for both: the initial noise, the patches of the recap, and the linear layer at the end of the run. DDIM adds
+no noise, so the pictures differ only by what CLIP says.
 
-The images are not chosen by hand. By default they are the first image of every n-th pair of the run's benchmark, in its
-order, where n is the number of pairs divided by --count, so they are spread evenly over the types. A run without a
-benchmark shows the first images of its data.
+The images are not chosen by hand. By default they are the first images of --count pairs at equal distances in the run's
+benchmark, so they are spread evenly over its types; without a benchmark, the first images of the run's data.
 """
 
 from __future__ import annotations
@@ -62,6 +61,7 @@ from data import open_images
 from harness.checkpoint import load_checkpoint, read_state
 from harness.mmvp import read_mmvp
 from harness.pictures import read_image
+from harness.processes import default_precision
 from model import Diffusion
 from train import build
 
@@ -133,8 +133,7 @@ def load_run(run: str, device: torch.device) -> Reconstruction:
     checkpoint = Path(run, "checkpoint.pt")
     if read_state(checkpoint) is None:
         raise UserError(f"{run}: has no checkpoint.pt yet; the run writes it at its first save")
-    args.precision = "bf16" if device.type == "cuda" else "fp32"
-    args.compile = args.grad_checkpointing = False
+    args.precision, args.compile, args.grad_checkpointing = default_precision(device), False, False
     _, diffusion, conditioner = build(args, device)
     before = copy.deepcopy(conditioner.visual.state_dict())
     load_checkpoint(checkpoint, conditioner)
@@ -143,10 +142,9 @@ def load_run(run: str, device: torch.device) -> Reconstruction:
 
 
 def read_images(args: argparse.Namespace, chosen: list[str] | None, count: int, size: int) -> torch.Tensor:
-    """Up to `count` images, (B, 3, size, size) in [0, 1].
+    """Up to `count` images, (B, 3, size, size) in [0, 1], of `chosen`: files, one folder, or None for the default.
 
-    `chosen` are files or one folder; the default is described at the top. UserError: there are no images, or one cannot
-    be read.
+    UserError: there are no images, or one cannot be read.
     """
     if args.mmvp and not chosen:
         paths = [pair.images[0] for pair in read_mmvp(args.mmvp)]

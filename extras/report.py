@@ -36,9 +36,8 @@ import json
 import math
 import re
 import shlex
-from html import escape
-from string import Template
 
+import jinja2  # required by torch
 import numpy as np
 
 from evaluate_mmvp import EMBEDDINGS
@@ -51,7 +50,6 @@ from harness.scores import verdict
 
 SHOWN = 100  # pairs that changed, at most: 2 to 3 MB
 NAMES = ("type", "id1", "id2", "statement1", "statement2")  # of a pair
-OUTCOMES = {("0", "0"): "", ("0", "1"): "won", ("1", "0"): "lost", ("1", "1"): ""}  # right before and after
 SUMMARY = (
     "{clip} was trained with {diffusion} on {data}: {taken:,} of {steps:,} steps of {batch_size} images, recipe "
     "{recipe}, recap {recap}, text joined by {join}, N = {states}, {optimizer} at {lr}, seed {seed}, {precision}; "
@@ -66,12 +64,14 @@ library_name: open_clip
 pipeline_tag: zero-shot-image-classification
 ---
 
-<h1>$clip, after diffusion feedback</h1>
-<p>$method</p>
-<p>$summary</p>
-<p>$headline. $explained</p>
-<p>$verdict</p>
-<table>$table</table>
+<h1>{{ clip }}, after diffusion feedback</h1>
+<p>{{ method }}</p>
+<p>{{ summary }}</p>
+<p>{{ headline }}. {{ explained }}</p>
+<p>{{ verdict }}</p>
+<table>
+{% for row in table %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</table>
 
 The vision tower was trained further, on images without captions: its features are the condition of a frozen diffusion
 model, whose denoising loss is the training signal. `open_clip.create_model_and_transforms("local-dir:FOLDER")` loads
@@ -79,23 +79,14 @@ this CLIP. The license of the original CLIP's weights applies; this card grants 
 """
 
 
-class Html(str):
-    """Text that is HTML already."""
+def fill(template: str, values: dict) -> str:
+    """Fills in a template of Jinja. This is the only place where text becomes HTML: every value is escaped.
 
-
-def fill(template: str, **values) -> Html:
-    """Fills in the template's $values. This is the only place where text becomes HTML.
-
-    Html, also in a list, is inserted unchanged; other values are escaped. They are joined into one line, because the
-    card is Markdown, which is interpreted again after an empty line.
+    Values are joined into one line, because the card is Markdown, which is interpreted again after an empty line.
     """
-
-    def safe(value) -> str:
-        if isinstance(value, list):
-            return "".join(map(safe, value))
-        return value if isinstance(value, Html) else escape(" ".join(str(value).split()))
-
-    return Html(Template(template).substitute({name: safe(value) for name, value in values.items()}))
+    options = dict(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment = jinja2.Environment(finalize=lambda value: " ".join(str(value).split()), **options)
+    return environment.from_string(template).render(values)
 
 
 @contextlib.contextmanager
@@ -112,42 +103,39 @@ def describe(path: Path, taken: int) -> tuple[dict, dict]:
     with reading(path):
         args = json.loads(path.read_text(encoding="utf-8"))
         names = [args["clip"], args["diffusion"], args["mmvp"] or "", *args["data"][:3]]
-        clip, diffusion, mmvp, *data = ("/".join(name.split("/")[-2:]) for name in names)
-        words = dict(clip=clip, diffusion=diffusion, mmvp=mmvp, taken=taken, data=", ".join(data))
-        words["data"] += " and more" if len(args["data"]) > 3 else ""
-        words["versions"] = ", ".join(f"{name} {version}" for name, version in args["versions"].items())
-        words["summary"], deviations = SUMMARY.format_map(args | words), beyond_the_paper(args)
+        clip, diffusion, mmvp, *data = ["/".join(name.split("/")[-2:]) for name in names]
+        data = ", ".join(data) + (" and more" if len(args["data"]) > 3 else "")
+        versions = ", ".join(f"{name} {version}" for name, version in args["versions"].items())
+        words = dict(clip=clip, diffusion=diffusion, mmvp=mmvp, data=data, taken=taken, versions=versions)
+        summary, deviations = SUMMARY.format_map(args | words), beyond_the_paper(args)
         for old, new in zip(args["code"], args["code"][1:]):
             changed = ", ".join(name for name in new if name != "step" and new[name] != old.get(name))
             deviations.append(f"a changed {changed} from step {new['step']}")
         if args["random_weights"]:
-            words["summary"] += " It started from random weights, so it is not scored."
-        if clip == "miniature/clip" and words["data"] != "miniature/images.tar":
-            words["summary"] += (
+            summary += " It started from random weights, so it is not scored."
+        if clip == "miniature/clip" and data != "miniature/images.tar":
+            summary += (
                 " The miniature's CLIP knows only its drawn scenes: do not expect a gain from training on other images."
             )
-    words["method"] = "By its options, the method is DIVA's (arXiv 2407.20171)"
-    words["method"] += f", except for: {'; '.join(deviations)}." if deviations else "."
-    return args, words
+    deviations = f", except for: {'; '.join(deviations)}" if deviations else ""
+    method = f"By its options, the method is DIVA's (arXiv 2407.20171){deviations}."
+    return args, words | dict(summary=summary, method=method)
 
 
-def figure(name: str, lines: list[np.ndarray], last: int) -> Html:
-    """Plots lines over the steps 0 to `last`. Each is (n, 2), step and value; the last one is blue, the others gray."""
+def figure(name: str, lines: list[np.ndarray], last: int) -> dict:
+    """A plot of lines over the steps 0 to `last`. Each is (n, 2), step and value; the last one is blue, others gray."""
     values, drawn = np.concatenate(lines)[:, 1], []
     low, high = values.min(), values.max()
     if not np.isfinite(values).all():
         raise ValueError("a number is not finite")
     for line in lines:
         dots = [f"{x / (last or 1):.4f},{(high - y) / ((high - low) or 1):.4f}" for x, y in line]
-        drawn.append(fill('<polyline points="$dots"/>', dots=" ".join([*dots, dots[-1]])))  # also shows a single point
+        drawn.append(" ".join([*dots, dots[-1]]))  # also shows a single point
     words = f"{name}: {line[0, 1]:.3g} → {line[-1, 1]:.3g}"
-    template = """<figure><figcaption>$words</figcaption><p>$high</p>
-<svg viewBox="0 0 1 1" preserveAspectRatio="none" role="img" aria-label="$words">$drawn</svg>
-<p><span>$low</span><span>step $last</span></p></figure>"""
-    return fill(template, words=words, drawn=drawn, low=f"{low:.3g}", high=f"{high:.3g}", last=f"{last:,}")
+    return dict(words=words, lines=drawn, low=f"{low:.3g}", high=f"{high:.3g}", last=f"{last:,}")
 
 
-def draw_training(path: Path) -> tuple[list[Html], int, int]:
+def draw_training(path: Path) -> tuple[list[dict], int, int]:
     """The curves of the loss and the learning rate, the number of steps, and that of unreadable images."""
     with reading(path):
         lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []  # the last may be cut off
@@ -163,7 +151,7 @@ def draw_training(path: Path) -> tuple[list[Html], int, int]:
         return figures, len(lines), int(lines[-1]["unreadable"])
 
 
-def draw_scores(path: Path) -> list[Html]:
+def draw_scores(path: Path) -> list[dict]:
     """The scores of the CLIPs saved during a run, with their intervals, over the steps in their names."""
     with reading(path):
         clips, figures = json.loads(path.read_text(encoding="utf-8"))["clips"], []
@@ -175,32 +163,7 @@ def draw_scores(path: Path) -> list[Html]:
             lines = [np.array([[k, float(c[e]["low"])], [k, float(c[e]["high"])]]) for k, c in zip(steps, clips)]
             lines.append(np.array(sorted([k, float(c[e]["average"])] for k, c in zip(steps, clips))))
             figures.append(figure(f"Pairs right by {e}, %", lines, max(steps)))
-    note = "Gray: 95% intervals. Picking the best checkpoint on the benchmark inflates its score."
-    return [*figures, fill("<p>$note</p>", note=note)]
-
-
-def draw_types(embedding: str, before: dict[str, float], after: dict[str, float]) -> Html:
-    """A chart of the scores by type, in percent: a row per type, with a dot before and a dot after."""
-    rows, template = [], """<text x="145" y="$y">$type</text><path d="M$x1 ${middle}H$x2"/>
-<circle class="before" cx="$x1" cy="$middle" r="5"/><circle cx="$x2" cy="$middle" r="5"/>
-<text x="420" y="$y">$change</text>"""
-    for k, (name, old) in enumerate(before.items()):
-        x1, x2 = (155 + 2.2 * float(score) for score in (old, after[name]))  # 0 to 100% are 220 wide
-        if not (math.isfinite(x1) and math.isfinite(x2)):
-            raise ValueError("a number is not finite")
-        numbers = dict(x1=f"{x1:.1f}", x2=f"{x2:.1f}", y=24 * k + 16, middle=24 * k + 12)
-        rows.append(fill(template, type=name, change=f"{after[name] - old:+.1f}", **numbers))
-    marks = ((0, "0"), (25, "chance"), (50, "50"), (75, "75"), (100, "100"))
-    axis = [
-        fill('<path class="axis" d="M$x 0V$end"/><text class="mark" x="$x" y="$y">$word</text>', word=word,
-             x=f"{155 + 2.2 * percent:.1f}", end=24 * len(rows), y=24 * len(rows) + 14)
-        for percent, word in marks
-    ]  # fmt: skip
-    template = """<figure>
-<figcaption>$e by type, %: <span class="before">before</span>, <span class="after">after</span></figcaption>
-<svg class="types" viewBox="0 0 420 $height" role="img" aria-label="$e by type, as in the table">$axis$rows</svg>
-</figure>"""
-    return fill(template, e=embedding, height=24 * len(rows) + 20, axis=axis, rows=rows)
+        return figures
 
 
 def read_scores(path: Path, mmvp: str) -> dict:
@@ -209,26 +172,26 @@ def read_scores(path: Path, mmvp: str) -> dict:
         content = json.loads(path.read_text(encoding="utf-8"))
         before, after = content["clips"]
         columns = [["Pairs right, %", *before[EMBEDDINGS[0]]["types"], "Average", "95% interval"]]
-        charts, changes = [], []
+        charts, averages = [], []
         for change in after["change"]:
             e = change["embedding"]
-            types = {name: after[e]["types"][name] - score for name, score in before[e]["types"].items()}
+            old, new = before[e]["types"], after[e]["types"]
+            types = {name: new[name] - score for name, score in old.items()}
             rows = [("before", before[e], "{:.1f}"), ("after", after[e], "{:.1f}")]
             rows.append(("change", change | dict(types=types, average=change["points"]), "{:+.1f}"))
             for name, row, form in rows:
                 figures = [form.format(value) for value in [*row["types"].values(), row["average"]]]
                 ends = f"{form} … {form}".format(row["low"], row["high"])
                 columns.append([f"{e} {name}", *figures, ends])
-            charts.append(draw_types(e, before[e]["types"], after[e]["types"]))
-            changes.append("{:.1f} → {:.1f} ({:+.1f})".format(*(row["average"] for _, row, _ in rows)))
-        rows = [[fill("<td>$cell</td>", cell=cell) for cell in row] for row in zip(*columns)]
-        headline, local = changes
+            charts.append((e, [(name, old[name], new[name], f"{types[name]:+.1f}") for name in old]))
+            averages.append("{:.1f} → {:.1f} ({:+.1f})".format(*(row["average"] for _, row, _ in rows)))
+        headline, local = averages
         return dict(
             headline=headline,
             explained=EXPLAINED.format(count=content["pairs"], mmvp=mmvp, local=local),
             verdict=" ".join(verdict(change, content["pairs"]) for change in after["change"]),
             charts=charts,
-            table=[fill("<tr>$row</tr>\n", row=row) for row in rows],
+            table=list(zip(*columns)),
         )
 
 
@@ -240,23 +203,25 @@ def read_pairs(path: Path) -> list[dict]:
         if not pairs or pairs[:half] != pairs[half:]:
             raise ValueError("the pairs of the two CLIPs differ")
         for pair, old, new in zip(pairs, rows[:half], rows[half:]):
-            outcomes = [(OUTCOMES[old[f"{e} right"], new[f"{e} right"]], e) for e in EMBEDDINGS]
-            pair["changes"] = [(how, e) for how, e in outcomes if how]
+            changes = {e: int(new[f"{e} right"]) - int(old[f"{e} right"]) for e in EMBEDDINGS}
+            pair["changes"] = [("won" if change > 0 else "lost", e) for e, change in changes.items() if change]
         return pairs[:half]
 
 
-def picture(path: Path, side: int, kind: str) -> Html:
-    """An image, at most `side` pixels wide and high, embedded in the page."""
+def picture(path: Path, side: int, kind: str) -> str:
+    """An image, at most `side` pixels wide and high, as a URL that contains it."""
     image, file = read_image(path), io.BytesIO()
     image.thumbnail((side, side))
     image.save(file, kind, quality=85)
-    content = base64.b64encode(file.getvalue()).decode()
-    return fill('<img alt="" src="data:image/$kind;base64,$content">', kind=kind, content=content)
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def show_changes(pairs: list[dict], mmvp: str) -> Html:
-    """The pairs won and lost, spread over types and outcomes, with their images if `mmvp` has them."""
-    changed = [pair for pair in pairs if pair["changes"]]
+def show_changes(pairs: list[dict], mmvp: str) -> dict:
+    """The template's values about the pairs won and lost: SHOWN of them, spread over types and outcomes.
+
+    They get their `images` if `mmvp` has them.
+    """
+    changed = [pair | dict(images=[]) for pair in pairs if pair["changes"]]
     kinds = [(pair["type"], pair["changes"][0]) for pair in changed]
     turns = [kinds[:k].count(kind) for k, kind in enumerate(kinds)]  # the first of each kind, then the second of each
     shown = [changed[k] for k in sorted(np.argsort(turns, kind="stable")[:SHOWN])]
@@ -271,15 +236,10 @@ def show_changes(pairs: list[dict], mmvp: str) -> Html:
     except (UserError, OSError) as error:
         warn(missing := f"No images: {one_line(error)}. Use --mmvp PATH if the benchmark has moved.")
         note += " " + missing
-    template = """<article><h3>$type <small>$id1, $id2</small></h3>$images<p>$statement1</p><p>$statement2</p>$outcomes
-</article>"""
-    for pair in shown:
-        pair["outcomes"] = [fill('<b class="$how">$how in $e</b>', how=how, e=e) for how, e in pair["changes"]]
-    cards = [fill(template, **dict(images="") | pair) for pair in shown]
-    return fill("<h2>Pairs won and lost</h2><p>$note</p><div>$cards</div>", note=note, cards=cards)
+    return dict(shown=shown, note=note)
 
 
-def report(folder: Path, mmvp: str | None = None) -> dict[Path, Html]:
+def report(folder: Path, mmvp: str | None = None) -> dict[Path, str]:
     """The page of the run in `folder` and, if the run is finished, the card. `mmvp` is where the benchmark is.
 
     Raises:
@@ -291,21 +251,21 @@ def report(folder: Path, mmvp: str | None = None) -> dict[Path, Html]:
     args, words = describe(folder / "args.json", taken)
     if unreadable:
         words["summary"] += f" {unreadable:,} images could not be read."
-    words |= dict(folder=folder, out=shlex.quote(str(folder)), headline="Not scored", explained="", verdict="")
-    words |= dict(charts="", table="", pairs="", drawn="")
+    words |= dict(folder=folder, out=shlex.quote(str(folder)), curves=curves, headline="Not scored")
+    words |= dict(explained="", verdict="", note="", drawn="", charts=[], table=[], shown=[], along=[])
     if (folder / "mmvp" / "scores.json").exists() and not args["random_weights"]:  # the last file that is written
         benchmark = words["mmvp"] or "a benchmark that the run does not name"  # scored with evaluate_mmvp.py
         words |= read_scores(folder / "mmvp" / "scores.json", benchmark)
-        words["pairs"] = show_changes(read_pairs(folder / "mmvp" / "pairs.csv"), mmvp or args["mmvp"] or benchmark)
+        words |= show_changes(read_pairs(folder / "mmvp" / "pairs.csv"), mmvp or args["mmvp"] or benchmark)
     if (folder / "mmvp-steps" / "scores.json").exists():
-        curves += draw_scores(folder / "mmvp-steps" / "scores.json")
+        words["along"] = draw_scores(folder / "mmvp-steps" / "scores.json")
     if (folder / "reconstruct.png").exists():
         words["drawn"] = picture(folder / "reconstruct.png", 2000, "png")
     page = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
-    files = {folder / "report.html": fill(page, curves=curves, **words)}
+    files = {folder / "report.html": fill(page, words)}
     finished = (read_state(folder / "checkpoint.pt") or {}).get("step") == args["steps"]
     if finished and (folder / "clip").is_dir():
-        files[folder / "clip" / "README.md"] = fill(CARD, **words)
+        files[folder / "clip" / "README.md"] = fill(CARD, words)
     return files
 
 

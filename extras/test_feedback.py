@@ -14,19 +14,18 @@ from condition import draw_patch_indices
 from extras import feedback
 from harness.errors import UserError
 from harness.mmvp import read_mmvp
-from harness.recipes import MINIATURE, TYPES
+from harness.recipes import TYPES
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def seen() -> tuple:
-    """The miniature's settings, φ, the conditioner, and five pairs of its benchmark."""
+    """The miniature's settings, CLIP, φ and conditioner, and five pairs of its benchmark."""
     args = feedback.read_args(["--data=synthetic", "--projection=random", "--states=2", "--micro-batch=4", "--draws=2"])
     args.precision = "fp32"
     clip, diffusion, conditioner = train.build(args, CPU)
-    pairs = feedback.Pairs(clip, diffusion, read_mmvp(f"{MINIATURE}/mmvp")[:450:90], 64, CPU)
-    return args, diffusion, conditioner, pairs
+    return args, clip, diffusion, conditioner, feedback.Pairs(clip, diffusion, read_mmvp(args.mmvp)[:450:90], 64, CPU)
 
 
 def margins(pairs: feedback.Pairs, cls: torch.Tensor) -> torch.Tensor:
@@ -60,7 +59,7 @@ def test_the_alignment_is_the_slope_of_the_margins(seen):
 
 def test_the_gradient_is_the_slope_of_each_images_loss(seen):
     """Against a difference quotient of each image's loss, averaged over two draws and written out in float64."""
-    args, diffusion, conditioner, pairs = seen
+    args, _, diffusion, conditioner, pairs = seen
     gradient = feedback.feedback(args, diffusion, conditioner, pairs, pairs.cls, seed=5).double()
     conditioner, unet = copy.deepcopy(conditioner).double(), copy.deepcopy(diffusion.unet).double()
     local, latents = pairs.local.double(), pairs.latents.double()
@@ -88,14 +87,12 @@ def test_the_gradient_is_the_slope_of_each_images_loss(seen):
 
 
 def test_moves_along_the_words_win_every_pair(seen, monkeypatch):
-    def ideal(args, diffusion, conditioner, pairs, cls, seed):
-        return -words(pairs, cls)
-
-    monkeypatch.setattr(feedback, "feedback", ideal)
-    row = feedback.measure(*seen)["rows"]["all"]
+    args, _, *rest, pairs = seen
+    monkeypatch.setattr(feedback, "feedback", lambda *args: -words(pairs, args[-2]))
+    row = feedback.measure(args, *rest, pairs)[0]["all"]
     assert row["scores"][0] < row["scores"][-1] == 100 and len(row["scores"]) == 9
     assert row["alignment"] == pytest.approx(1, abs=1e-4)
-    alignments = feedback.alignments(seen[-1], ideal(*seen, seen[-1].cls, 0)).tolist()
+    alignments = feedback.alignments(pairs, -words(pairs, pairs.cls)).tolist()
     assert row["z"] == pytest.approx(fmean(alignments) / stdev(alignments) * 5**0.5, rel=1e-3)
 
 
@@ -105,7 +102,7 @@ def test_the_command_prints_its_figures(capsys):
     feedback.main(feedback.read_args([*options.split(), "--workers", "0"]))
     cost, start, end = re.split("\nrandom start |\nafter 2 steps of the layer ", capsys.readouterr().out)
     assert cost.startswith(f"{2 * 2 * 9 + 2 * 2} forward and backward")  # both images of nine pairs, twice; the layer
-    row = r"^  (\S.*?) +([+-][\d.]{5})  +(?:-?[\d.]+  )?([\d.]+) → ([\d.]+)"  # name, alignment, z of all, two scores
+    row = r"^  (\S.*?) +([+-][\d.]{5})  +(?:nan|-?[\d.]+)  ([\d.]+) → ([\d.]+)"  # name, alignment, z of all, two scores
     before, after = re.findall(row, start, re.MULTILINE), re.findall(row, end, re.MULTILINE)
     assert [name for name, *_ in before] == [name for name, *_ in after] == [*TYPES, "all"] and before != after
     for rows in (before, after):
@@ -117,29 +114,25 @@ def test_the_command_prints_its_figures(capsys):
 @pytest.mark.parametrize(
     "part, path, what",
     [
-        (0, "model.visual", "CLIP's tokens of the benchmark's images"),
-        (0, "model.transformer", "CLIP's embeddings of the benchmark's statements"),
-        (1, "vae.encoder", "the latents of the benchmark's images"),
+        (0, "model.visual", "the encoded benchmark"),
+        (0, "model.transformer", "the encoded benchmark"),
+        (1, "vae.encoder", "the encoded benchmark"),
         (2, "projection", "the gradient of the denoising loss"),
     ],
 )
-def test_figures_that_are_not_finite_are_refused(part, path, what, monkeypatch):
-    def build(*args):
-        parts = train.build(*args)
-        next(attrgetter(path)(parts[part]).parameters()).data.view(-1)[0] = float("nan")
-        return parts
-
-    monkeypatch.setattr(feedback, "build", build)
-    options = "--pairs 1 --draws 1 --moves 0 --states 1 --projection random --data synthetic"
+def test_figures_that_are_not_finite_are_refused(part, path, what, seen, monkeypatch):
+    args, *modules = seen
+    parts = copy.deepcopy(modules[:3])
+    next(attrgetter(path)(parts[part]).parameters()).data.view(-1)[0] = float("nan")
     with pytest.raises(UserError, match=f"{what}: not finite"):
-        feedback.main(feedback.read_args(options.split()))
+        pairs = feedback.Pairs(*parts[:2], read_mmvp(args.mmvp)[:1], 64, CPU)
+        feedback.measure(args, *parts[1:], pairs)
 
 
 @pytest.mark.parametrize(
     "options, sentence",
     [
         ("--draws 0", "--draws and --pairs must be at least 1"),
-        ("--pairs 0", "--draws and --pairs must be at least 1"),
         ("--moves -1", "--moves at least 0"),
         ("--mmvp none", "--mmvp is needed"),
         ("--data synthetic --projection random --projection-steps 1", "trains the linear layer on images"),

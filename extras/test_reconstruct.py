@@ -1,7 +1,6 @@
 """extras/reconstruct.py: φ draws by DDIM, and the pictures differ only by what CLIP says."""
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -36,11 +35,24 @@ def write_run(out: Path, *options: str, tower: float = 1) -> nn.ModuleDict:
     return trained
 
 
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """Folders of runs: whole, without a checkpoint, with random weights, with broken settings."""
+    folder = tmp_path_factory.mktemp("runs")
+    write_run(folder / "run")
+    for name in ("begun", "random", "broken"):
+        (folder / name).mkdir()
+    args = (folder / "run" / "args.json").read_text()
+    (folder / "begun" / "args.json").write_text(args)
+    (folder / "random" / "args.json").write_text(args.replace('"random_weights": false', '"random_weights": true'))
+    (folder / "broken" / "args.json").write_text("[1]")
+    return folder
+
+
 @pytest.mark.parametrize("guidance, tokens", [(1, 20), (3, 24), (3, 20)])
-def test_the_pictures_are_those_of_ddim(tmp_path, guidance, tokens):
+def test_the_pictures_are_those_of_ddim(runs, guidance, tokens):
     """Against DDIM written out (arXiv 2010.02502, Eq. 12 with σ = 0); a text of another length joins as its mean."""
-    write_run(tmp_path)
-    run = reconstruct.load_run(str(tmp_path), CPU)
+    run = reconstruct.load_run(f"{runs}/run", CPU)
     diffusion, text = run.diffusion, torch.randn(1, 24, 128, generator=torch.manual_seed(0))
     diffusion.text_embedding, condition, noise = text, torch.randn(2, tokens, 128), run.noise(2, seed=4)
     text = (text if tokens == 24 else text.mean(1, keepdim=True)).expand(2, tokens, -1)
@@ -72,15 +84,14 @@ def test_the_conditions_differ_by_the_tower_alone(tmp_path):
     assert (before - after).abs().max() > 0.1
 
 
-def test_an_unchanged_tower_draws_the_same_pictures(tmp_path, capsys):
+def test_an_unchanged_tower_draws_the_same_pictures(runs, tmp_path, capsys):
     """Even with random patches; the page shows the pixels enlarged, and is written where report.py looks for it."""
-    write_run(tmp_path / "run")
     pixels = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
     for i in (0, 1):
         Image.fromarray(pixels[i]).save(tmp_path / f"{i}.png")
     images = [f"{tmp_path}/0.png", f"{tmp_path}/1.png"]
-    reconstruct.main(reconstruct.read_args([f"{tmp_path}/run", "--steps", "2", "--images", *images]))
-    page = np.asarray(Image.open(tmp_path / "run" / "reconstruct.png"))
+    reconstruct.main(reconstruct.read_args([f"{runs}/run", "--steps", "2", "--images", *images]))
+    page = np.asarray(Image.open(runs / "run" / "reconstruct.png"))
     rows = [[page[y : y + 128, x : x + 128] for x in (130, 260)] for y in (0, 130, 260)]
     for i in (0, 1):
         assert (rows[0][i] == pixels[i].repeat(2, 0).repeat(2, 1)).all()
@@ -120,12 +131,6 @@ def test_the_images_come_from_the_benchmark_then_from_the_data(tmp_path):
         ("TMP/random", "started with --random-weights"),
     ],
 )
-def test_what_cannot_be_drawn_is_refused(tmp_path, options, sentence):
-    write_run(tmp_path / "run")
-    write_run(tmp_path / "random", "--random-weights", "--projection", "random")
-    for name in ("begun", "broken"):
-        (tmp_path / name).mkdir()
-    shutil.copy(tmp_path / "run" / "args.json", tmp_path / "begun")
-    (tmp_path / "broken" / "args.json").write_text("[1]")
+def test_what_cannot_be_drawn_is_refused(runs, options, sentence):
     with pytest.raises(UserError, match=sentence):
-        reconstruct.main(reconstruct.read_args(options.replace("TMP", str(tmp_path)).split()))
+        reconstruct.main(reconstruct.read_args(options.replace("TMP", str(runs)).split()))

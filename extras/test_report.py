@@ -4,8 +4,6 @@ import html.parser
 import io
 import json
 import re
-import runpy
-import sys
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -96,16 +94,12 @@ def read_report(out: Path, mmvp: Path | None = None) -> tuple[Page, str | None]:
     return Page(files[out / "report.html"]), files.get(out / "clip" / "README.md")
 
 
-def test_the_page_says_what_the_cosines_say(tmp_path, monkeypatch, capsys):
+def test_the_page_says_what_the_cosines_say(tmp_path):
     """Each figure against the one recomputed; each pair that changed, and no other, with its images."""
     out = write_run(tmp_path / "run", write_mmvp(tmp_path / "mmvp", 3, TYPES))
     cosines = write_scores(out / "mmvp", ["before", "after"], tmp_path / "mmvp")  # once more, for the cosines
     right = (cosines[..., 0, 0] > cosines[..., 0, 1]) & (cosines[..., 1, 1] >= cosines[..., 1, 0])  # (CLIPs, e, pairs)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["report.py", "run"])
-    runpy.run_path(report.__file__, run_name="__main__")  # as on the command line, from another folder
-    assert capsys.readouterr().out == "written: run/report.html\nwritten: run/clip/README.md\n"
-    page, card = Page((out / "report.html").read_text()), (out / "clip" / "README.md").read_text()
+    page, card = read_report(out)
     table = np.reshape(page.all("td"), (12, 7)).tolist()
     by_type = 100 * right.reshape(2, 2, 9, 3).mean(3)  # (CLIPs, e, types)
     figures = np.concatenate([by_type, by_type.mean(2, keepdims=True)], 2)
@@ -117,7 +111,7 @@ def test_the_page_says_what_the_cosines_say(tmp_path, monkeypatch, capsys):
     words = " ".join(verdict(change, 27) for change in changes)
     assert page.all("h1") == [gain] and f"{local}. 27 pairs of" in page.text and "chance is 25" in page.text
     assert all(text in card and text in page.text for text in (gain, local, words))
-    assert page.text.index(gain) < page.text.index(words)
+    assert all(f"<td>{cell}</td>" in card for row in table for cell in row)
     x = np.array([float(x) for x in page.all("circle", "cx")]).reshape(2, 9, 2)  # (e, types, CLIPs), 2.2 a percent
     assert (x - 155) / 2.2 == pytest.approx(by_type.transpose(1, 2, 0), abs=0.05)
     changed = np.reshape(page.all("text"), (2, 23))[:, 6::2]  # after five marks of the axis: types, changes
@@ -126,7 +120,6 @@ def test_the_page_says_what_the_cosines_say(tmp_path, monkeypatch, capsys):
         won, lost = int((new > old).sum()), int((old > new).sum())
         assert (change["low"], change["high"]) == interval(new.astype(int) - old, [t for t in TYPES for _ in range(3)])
         assert (change["won"], change["lost"], change["p"]) == (won, lost, mcnemar(won, lost))
-    assert all(f"<td>{cell}</td>" in card for row in table for cell in row)
 
     pairs, embeddings = np.nonzero((right[0] != right[1]).T)
     told = [f"{'won' if right[1, e, i] else 'lost'} in {EMBEDDINGS[e]}" for i, e in zip(pairs, embeddings)]
@@ -147,12 +140,14 @@ def test_of_many_pairs_all_types_and_outcomes_are_shown(tmp_path):
 def test_the_page_tells_what_is_not_the_papers(tmp_path):
     """A run with random weights has no scores, and an unfinished one has no card."""
     code, mmvp = {"step": 0, "train.py": "aa", "data.py": "bb"}, write_mmvp(tmp_path / "mmvp")
-    code, images = [code, code | {"step": 2, "train.py": "cc"}], dict(clip="x/miniature/clip", data=["my/photos"])
     for words, out in (
         ("By its options, the method is DIVA's (arXiv 2407.20171).", write_run(tmp_path / "paper")),
         ("--freeze-projection; --ldifs 0.03", write_run(tmp_path / "miniature", recipe="miniature")),
-        ("except for: a changed train.py from step 2.", write_run(tmp_path / "code", code=code)),
-        ("knows only its drawn scenes", write_run(tmp_path / "photos", **images)),
+        (
+            "except for: a changed train.py from step 2.",
+            write_run(tmp_path / "code", code=[code, code | {"step": 2, "train.py": "cc"}]),
+        ),
+        ("knows only its drawn scenes", write_run(tmp_path / "photos", clip="x/miniature/clip")),
         ("started from random weights", write_run(tmp_path / "random", mmvp, random_weights=True)),
     ):
         page, card = read_report(out)
@@ -162,14 +157,22 @@ def test_the_page_tells_what_is_not_the_papers(tmp_path):
             assert "3 of 3 steps" in text and "2 images could not be read" in text and "chance is" not in text
         assert page.all("h1") == ["Not scored"] and not page.all("td") + page.all("article") + page.all("circle")
     text = (out / "metrics.jsonl").read_text()
-    (out / "metrics.jsonl").write_text(text[:-20])  # of a run that is going on
+    (out / "metrics.jsonl").write_text(text[:-20])  # the run still writes it
     torch.save(torch.load(out / "checkpoint.pt") | dict(step=2), out / "checkpoint.pt")
     page, card = read_report(out)
     assert "2 of 3 steps" in page.text and card is None
 
 
-@pytest.mark.parametrize("steps, count", [(30_000, 300), (301, 300), (40, 40), (1, 1)])
-def test_the_loss_is_averaged_and_the_rate_is_not(tmp_path, steps, count):
+@pytest.mark.parametrize(
+    "steps, count, words",
+    [
+        (30_000, 300, "Loss, averaged over 1500 steps (gray: 100):"),
+        (301, 300, "Loss, averaged over 16 steps (gray: 2):"),
+        (40, 40, "Loss, averaged over 2 steps (gray: 1):"),
+        (1, 1, "Loss:"),
+    ],
+)
+def test_the_loss_is_averaged_and_the_rate_is_not(tmp_path, steps, count, words):
     out, rates = write_run(tmp_path / "run", steps=steps), 1e-3 * np.random.default_rng(1).random(steps)
     lines = (out / "metrics.jsonl").read_text().splitlines()
     lines = [json.loads(line) | dict(lr=lr) for line, lr in zip(lines, rates)]
@@ -181,9 +184,7 @@ def test_the_loss_is_averaged_and_the_rate_is_not(tmp_path, steps, count):
     expected = np.stack([middles, (means.max() - means) / (np.ptp(means) or 1)], 1)
     assert fine == pytest.approx(expected, abs=0.004) and len(coarse) == min(20, steps)
     loss, lr = page.all("figcaption")
-    smoothed = {30_000: "1500 steps (gray: 100)", 301: "16 steps (gray: 2)", 40: "2 steps (gray: 1)"}.get(steps, "")
-    assert loss.startswith(f"Loss, averaged over {smoothed}:" if smoothed else "Loss:")
-    assert lr == f"Learning rate: {rates[0]:.3g} → {rates[-1]:.3g}" and len(rate) == pytest.approx(count, abs=1)
+    assert loss.startswith(words) and lr == f"Learning rate: {rates[0]:.3g} → {rates[-1]:.3g}"
     assert f"{means.max():.3g}" in page.text and f"{rates.max():.3g}" in page.text and f"step {steps:,}" in page.text
     if steps < 1000:  # else the drawn places are too coarse to tell the step
         drawn = rates.max() - rate[:, 1] * np.ptp(rates)
@@ -209,7 +210,7 @@ def test_scores_along_a_run_are_drawn_over_its_steps(tmp_path):
 
 
 def test_hostile_text_stays_text(tmp_path):
-    script, image, markdown = "<script>e()</script>", 'x"><img src=x onerror=e>', "`c` [d](javascript:e) *f*\n\n# $i"
+    script, image, markdown = "<script>e()</script>", 'x"><img src=x onerror=e>', "`c` [d](javascript:e) *f*\n\n# {{i}}"
     mmvp = write_mmvp(tmp_path / "mmvp", 3, statement=image)
     args = dict(clip=script, diffusion=image, data=[script, markdown + "\udc80"], recap=markdown, join=image)
     args |= dict(versions={script: image}, code=[{"step": 0}, {"step": image, script: markdown}], page=script)
@@ -218,7 +219,7 @@ def test_hostile_text_stays_text(tmp_path):
         text = (out / "mmvp" / name).read_text().replace("Color", script).replace("Text", quoted)
         (out / "mmvp" / name).write_text(text)
     page, card = read_report(out)  # checks every element and attribute
-    seen = (script, image, "`c` [d](javascript:e) *f* # $i")
+    seen = (script, image, "`c` [d](javascript:e) *f* # {{i}}")
     assert all(text in page.text and text in Page(card).text for text in seen) and not page.images
     assert {tag for tag, _, _ in Page(card).elements} == {"", "h1", "p", "table", "tr", "td"}
     for line in card.splitlines():  # Markdown does not interpret a block of HTML
@@ -244,9 +245,7 @@ def test_a_missing_or_different_benchmark_is_reported(tmp_path, capsys):
         ("metrics.jsonl", "(?s).*", "", "metrics.jsonl: .*no step was taken yet"),
         ("metrics.jsonl", '"step": 1, "loss"', '"step": 1, loss', "metrics.jsonl: .*: line 2 col"),
         ("metrics.jsonl", '"lr": 0.1', '"lr": NaN', "metrics.jsonl: .*a number is not finite"),
-        ("checkpoint.pt", "", "", "checkpoint.pt: cannot be read"),
         ("mmvp/pairs.csv", "before,Color", "before,Colour", "pairs.csv: .*the pairs of the two CLIPs differ"),
-        ("mmvp/pairs.csv", "(?s)(after.*)after,.*", r"\1", "pairs.csv: .*the pairs of the two CLIPs differ"),
     ],
 )
 def test_broken_files_are_refused(tmp_path, capsys, name, old, new, message):

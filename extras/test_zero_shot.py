@@ -52,12 +52,6 @@ def test_accuracy_is_the_one_by_hand(folder, capsys):
     assert found == [name.replace("_", " ") for name in names] and len(paths) == 40
     batches = list(zero_shot.read_pictures(clip, paths, 7))
     assert (zero_shot.classify(clip, batches, found, "cpu", TEMPLATES) == labels).tolist() == right
-    eighty = open_clip.OPENAI_IMAGENET_TEMPLATES  # without templates
-    weights = open_clip.build_zero_shot_classifier(clip.model, clip.tokenizer(), found, eighty)
-    with torch.no_grad():
-        nearest = (clip.model.encode_image(torch.cat(batches), normalize=True) @ weights).argmax(1).numpy()
-    assert (zero_shot.classify(clip, batches, found, "cpu") == nearest).all()
-
     clip.model.visual.proj.data[0, 0] = float("nan")
     with pytest.raises(UserError, match="not finite"):
         zero_shot.classify(clip, batches, found, "cpu", TEMPLATES)
@@ -81,14 +75,15 @@ def test_the_change_is_the_bootstraps_over_images():
     assert [low, high] == pytest.approx(np.percentile(100 * means, [2.5, 97.5]), abs=0.3) and low < high - 3
 
 
-@pytest.mark.parametrize("numbers", [[f"n{10 * i:08}" for i in range(1000)], [str(i) for i in range(1000)]])
-def test_imagenets_numbers_get_its_names(tmp_path, numbers):
-    """`10` follows `9`, as in ImageNet-V2. Numbers are refused unless all of ImageNet's are there."""
+@pytest.mark.parametrize("form", ["n{:07}0", "{}"])
+def test_imagenets_numbers_get_its_names(tmp_path, monkeypatch, form):
+    """`10` follows `9`, as in ImageNet-V2. Numbers are refused unless all of ImageNet's are there: here 12."""
+    monkeypatch.setattr(open_clip, "IMAGENET_CLASSNAMES", open_clip.IMAGENET_CLASSNAMES[:12])
+    numbers = [form.format(i) for i in range(12)]
     for number in numbers:
         (tmp_path / number).mkdir()
         (tmp_path / number / "0.png").touch()
     names, paths, labels = zero_shot.read_folder(str(tmp_path))
-    assert names == list(open_clip.IMAGENET_CLASSNAMES) and len(paths) == 1000
     named = {Path(path).parent.name: names[label] for path, label in zip(paths, labels)}
     assert named == dict(zip(numbers, open_clip.IMAGENET_CLASSNAMES))
     (tmp_path / numbers[-1]).rename(tmp_path / "1000")  # a number too many, and one missing

@@ -41,15 +41,14 @@ if __name__ == "__main__":  # before the imports that take seconds, so that --he
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import numpy as np
 import open_clip
 import torch
-from tqdm import tqdm
 
+from evaluate_mmvp import read_pictures
 from harness.precision import full_fp32
 from harness.scores import bootstrap_means, mcnemar, percentile_interval
 from harness.sources import ImageFiles
@@ -91,17 +90,6 @@ def read_folder(folder: str) -> tuple[list[str], list[str], np.ndarray]:
     if empty := set(range(len(classes))) - set(labels.tolist()):
         raise UserError(f"{Path(folder, classes[min(empty)])}: no images in this folder")
     return list(names), paths, labels
-
-
-def read_pictures(clip: Clip, paths: Sequence[str], batch_size: int = 64) -> Iterator[torch.Tensor]:
-    """The images as CLIP's input, in batches (B, 3, s, s). UserError: an image cannot be read."""
-    every = 0.1 if sys.stderr.isatty() else 30  # seconds; a log file needs few lines
-    bar = tqdm(total=len(paths), unit="image", leave=False, delay=1, mininterval=every, maxinterval=10 + every)
-    with bar, ThreadPoolExecutor() as pool:  # a GPU encodes faster than one core reads
-        for start in range(0, len(paths), batch_size):
-            batch = list(pool.map(clip.preprocess_file, paths[start : start + batch_size]))
-            yield torch.stack(batch)
-            bar.update(len(batch))
 
 
 @torch.inference_mode()
@@ -152,7 +140,7 @@ def main(args: argparse.Namespace) -> None:
     print(f"{len(paths):,} images of {len(names):,} classes; top-1 accuracy with its 95% interval", flush=True)
     for name in args.clips:
         clip = load_clip(name, device=str(device))
-        rights.append(classify(clip, read_pictures(clip, paths), names, device, args.templates) == labels)
+        rights.append(classify(clip, read_pictures(clip, paths, 64), names, device, args.templates) == labels)
         print("{}: {:.2f}% ({:.2f}–{:.2f})".format(name, 100 * rights[-1].mean(), *wilson(rights[-1])), flush=True)
         if len(rights) > 1:
             print(f"    change from {args.clips[0]}: {change(rights[0], rights[-1])}", flush=True)
