@@ -148,7 +148,7 @@ MINIATURE_PAPER = Recipe(  # its learning rates add up to those of 4,600 steps a
 )  # fmt: skip
 RECIPES = {
     "miniature": replace(  # the four additions of beyond.py, with the learning rate and warm-up that they need
-        MINIATURE_PAPER, steps=650, lr=2e-3, warmup=0.03,
+        MINIATURE_PAPER, steps=650, lr=1e-3, warmup=0.03,
         timesteps=(500, 1000), optimizer="adamw", projection="fitted", freeze_projection=True, ldifs=0.03,
     ),
     "miniature-paper": MINIATURE_PAPER,
