@@ -39,13 +39,13 @@ def test_train_takes_the_commands(command, monkeypatch):
                                     "miniature/make.py", "miniature/experiment.py", "miniature/claims.py"])  # fmt: skip
 def test_options_in_the_readmes_exist(script):
     """A word that begins with two hyphens is an option of the command that it stands behind, or of train.py."""
-    source = (ROOT / script).read_text() + "".join(f'"{flag_of(option.name)}"' for option in OPTIONS) + '"--recipe"'
+    source = (ROOT / script).read_text() + (ROOT / "harness" / "evaluate.py").read_text() + "".join(f'"{flag_of(option.name)}"' for option in OPTIONS) + '"--recipe"'
     named = {word for c in COMMANDS if script in c for word in re.findall(r"--[a-z-]+", c.partition(script)[2])}
     assert all(f'"{option}"' in source for option in named), named
 
 
 def test_the_snippet_that_loads_a_trained_clip_runs():
-    lines = re.findall(r"^ {4}((?:model|tokenizer).*open_clip.*)$", (ROOT / "extras" / "README.md").read_text(), re.M)
+    lines = re.findall(r"^ {4}((?:model|tokenizer).*open_clip.*)$", (ROOT / "README.md").read_text(), re.M)
     assert len(lines) == 2
-    code = "\n".join(["import open_clip", *lines]).replace("runs/l14/clip", str(MINIATURE / "clip"))
+    code = "\n".join(["import open_clip", *lines]).replace("runs/miniature/clip", str(MINIATURE / "clip"))
     subprocess.run([sys.executable, "-c", code], check=True)
