@@ -99,14 +99,18 @@ class Metrics:
             raise UserError(f"step {step}: {self.unreadable} of {reads} images could not be read: {names}")
 
     def estimate(self, step: int, now: float) -> None:
-        """Says once how long the run will take. The first step is not timed: it allocates memory and may compile."""
+        """Says once how long the run will take, unless it is less than half a minute.
+
+        The first step is not timed: it allocates memory and may compile.
+        """
         if step == self.first_step:
             self.first_step_end = now
-        steps = self.args.steps - step - 1
-        if step == self.first_step + TIMED_STEPS and steps:
+        elif step == self.first_step + TIMED_STEPS:
+            steps = self.args.steps - step - 1
             minutes = (now - self.first_step_end) / TIMED_STEPS * steps / 60
-            time_left = f"{minutes / 60:.1f} h" if minutes > 90 else f"{minutes:.1f} min"
-            self.bar.write(f"the other {steps:,} steps will take about {time_left}")
+            if minutes >= 0.5:
+                time_left = f"{minutes / 60:.1f} h" if minutes > 90 else f"{minutes:.1f} min"
+                self.bar.write(f"the remaining {steps:,} steps will take about {time_left}")
 
 
 def peak_memory() -> int:

@@ -12,7 +12,7 @@ from harness.recipes import GROUPS, OPTIONS, RECIPES, RUN, Recipe, as_typed, che
 MAY_CHANGE_ON_RESUME = {option.name for option in OPTIONS if option.metadata["may_change"]}
 EXAMPLES = """
 examples:
-  python train.py                                the miniature, in five minutes on two CPU cores
+  python train.py                                the miniature, in minutes on a CPU
   torchrun --nproc_per_node 8 train.py --recipe openai-vit-l-14-224 --data 'cc3m/*.tar' --mmvp MMVP/MMVP_VLM
   python train.py --recipe openai-vit-l-14-224 --data photos --clip ViT-B-16:openai --recap random:30% --join mean
 
@@ -33,7 +33,8 @@ def make_parser(recipe: str) -> argparse.ArgumentParser:
     )
     parser.error = usage_error
     groups = {title: parser.add_argument_group(title) for title in GROUPS}
-    groups[RUN].add_argument("--recipe", default=recipe, metavar="NAME", help=f"settings to start from ({recipe})")
+    help = f"a set of settings, listed below; other options override them ({recipe})"
+    groups[RUN].add_argument("--recipe", default=recipe, metavar="NAME", help=help)
     for option in OPTIONS:
         default, help = getattr(row, option.name), option.metadata["help"]
         if default not in (None, "") and default is not False:
@@ -64,12 +65,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         warn("--random-weights: uses --projection random, because the text encoders are untrained")
         args.projection = "random"
     share = args.batch_size // processes
-    micro_batch = next(n for n in range(min(share, args.micro_batch), 0, -1) if share % n == 0)
-    if micro_batch < min(share, args.micro_batch):
-        warn(
-            f"--micro-batch {args.micro_batch}: reduced to {micro_batch}: it must divide the {share} images per process"
-        )
-    args.micro_batch = micro_batch
+    most = min(share, args.micro_batch)
+    args.micro_batch = next(n for n in range(most, 0, -1) if share % n == 0)
+    if args.micro_batch < most:
+        warn(f"--micro-batch {most}: reduced to {args.micro_batch}: it must divide the {share} images per process")
     if args.workers is None:
         cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         args.workers = min(8, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))

@@ -20,13 +20,12 @@ def process_group() -> Iterator[torch.device]:
     Raises:
         UserError: there are more processes than GPUs on this node, or the nodes cannot reach each other.
     """
+    device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         if device.index >= torch.cuda.device_count():
             raise UserError(f"--nproc_per_node: more processes than the {torch.cuda.device_count()} GPUs of this node")
         torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
     store, rank, processes = dist.HashStore(), 0, 1
     one_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
     if "RANK" in os.environ:

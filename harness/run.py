@@ -71,10 +71,10 @@ class Run:
 
     def check_same_run(self, state: dict, code: dict[str, str]) -> None:
         """UserError: `state` is that of a run with other settings, images or code."""
-        differences, saved = [], state["settings"]
+        differences = []
         for key, value in self.settings.items():
-            before = saved.get(key, getattr(Recipe, key, None))  # an option that was added since then had its default
-            if before != value:
+            before = state["settings"].get(key, getattr(Recipe, key, None))  # a newer option had its default then
+            if as_typed(before) != as_typed(value):
                 differences.append(f"{key} {as_typed(before)} there, {as_typed(value)} here")
         if differences:
             raise UserError(
@@ -173,8 +173,9 @@ class Run:
     def waiting(self) -> None:
         """Called while a batch is late. After a signal it saves what the last whole step left, and raises Stopped.
 
-        Without it a disk that never answers would make the run deaf to signals. Weights change only at the end of a
-        step, so process 0 can save here on its own; with several processes, a batch that is only late ends its step.
+        Without it, a run would ignore signals while it waits for a disk that never answers. Weights change only at the
+        end of a step, so rank 0 can save here without the others. With several processes a late batch may still come:
+        its step is then finished first.
         """
         if self.signals.number and time.monotonic() > self.signals.time + (PATIENCE if self.processes > 1 else 0):
             if self.is_rank_zero and self.step > self.first_step:
@@ -182,13 +183,12 @@ class Run:
             self.stop(self.signals.number)
 
     def stop(self, number: int) -> None:
-        """Raises Stopped."""
         saved = f", saved in {self.out}" if self.step else ""
         stopped = f"{signal.Signals(number).name}: stopped after {self.step} steps{saved}"
         raise Stopped(f"{stopped}; run the same command again to resume", number)
 
     def end(self) -> None:
-        """Prints what was skipped, where the trained CLIP is, and what to type next."""
+        """Prints how many images were skipped, where the trained CLIP is, and the next commands."""
         if self.is_rank_zero:
             if self.metrics.unreadable:
                 print(f"\n{self.metrics.unreadable} images could not be read; {self.metrics.path} names them (skipped)")
@@ -200,12 +200,12 @@ def comparable_settings(args: argparse.Namespace) -> dict:
 
     Paths are resolved, and those in this repository are relative to it, so that a copied or moved repository resumes.
     """
-    kept = {k: v for k, v in vars(args).items() if k not in MAY_CHANGE_ON_RESUME and k not in ("recipe", "data")}
+    kept = {k: v for k, v in vars(args).items() if k not in {*MAY_CHANGE_ON_RESUME, "recipe", "data"}}
     for key in ("clip", "diffusion"):
         if os.path.exists(kept[key]):
             path = Path(kept[key]).resolve()
             kept[key] = str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
-    return json.loads(json.dumps(kept))
+    return kept
 
 
 def code_hashes() -> dict[str, str]:
@@ -222,24 +222,21 @@ def code_hashes() -> dict[str, str]:
 
 def plan(args: argparse.Namespace, first_step: int, clip, diffusion, conditioner, dataset) -> str:
     """What a run is about to do, in a few lines."""
-    tower, linear = (
-        sum(p.numel() for p in module.parameters()) / 1e6 for module in (conditioner.visual, conditioner.projection)
-    )
-    processes, slow, device = dist.get_world_size(), "", diffusion.text_embedding.device
-    accumulated, tokens = args.batch_size // (args.micro_batch * processes), 1 + conditioner.recap.count
-    if device.type == "cpu" and dataset.size >= 256:
-        slow = f"; slow on a CPU: about {args.batch_size * 5 * (dataset.size / 512) ** 2:,.0f} TFLOP a step"
+    tower = sum(p.numel() for p in conditioner.visual.parameters()) / 1e6
+    linear = sum(p.numel() for p in conditioner.projection.parameters()) / 1e6
+    processes, tokens = dist.get_world_size(), 1 + conditioner.recap.count
+    accumulated = args.batch_size // (args.micro_batch * processes)
     beyond = beyond_the_paper(vars(args))
     lines = {
         "recipe": f"{args.recipe}, seed {args.seed}" + (", random weights" if args.random_weights else ""),
         "CLIP θ": f"{args.clip}, {clip.image_size}²; vision tower of {tower:.4g} M parameters",
-        "diffusion φ": f"{args.diffusion}, frozen, {args.precision} on {device.type}",
+        "diffusion φ": f"{args.diffusion}, frozen, {args.precision} on {diffusion.text_embedding.device.type}",
         "condition": f"{tokens} token{'s' if tokens > 1 else ''}, recap {args.recap}, text {args.text!r} by "
         f"{args.join}, a linear layer of {linear:.3g} M parameters",
         "images": f"{len(dataset):,} at {dataset.size}², {args.states} noisy states each",
         "steps": f"{first_step:,} to {args.steps:,}, {args.optimizer}, lr {args.lr:g}, batch {args.batch_size} = "
         f"{processes} process{'es' if processes > 1 else ''} × micro-batch {args.micro_batch} × {accumulated} "
-        f"accumulated{slow}",
+        f"accumulated",
         "beyond DIVA": f"by its options: {' '.join(beyond) or 'nothing'}",
         "scores": f"before and after training, on {args.mmvp}" if args.mmvp else "none (no --mmvp)",
         "writes": args.out,
@@ -248,7 +245,7 @@ def plan(args: argparse.Namespace, first_step: int, clip, diffusion, conditioner
 
 
 def next_steps(args: argparse.Namespace, clip) -> str:
-    """Where the trained CLIP is, and what to type next, in this order."""
+    """Where the trained CLIP is, and the next commands, in their order."""
 
     def command(script: str, *arguments: str) -> str:
         return shlex.join(["python", os.path.relpath(ROOT / script), *arguments])

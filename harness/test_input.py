@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_smoke import CPU, ROOT, SMALL, jpeg, run, settings, write_clip, write_mmvp, write_shard
+from test_smoke import CPU, ROOT, SMALL, jpeg, run, settings, write_mmvp, write_shard
 
 import evaluate_mmvp
 import model
@@ -48,7 +48,6 @@ def refused(message: str):
         ("--lr fast", "argument --lr: 'fast' is not a number"),
         ("--steps 1.5", "argument --steps: '1.5' is not an integer"),
         ("--lr nan", "argument --lr: nan: must be between 0.0 and"),
-        ("--states 1000000000", "argument --states: 1000000000: must be between 1 and 1000"),
         ("--warmup 23", "argument --warmup: 23: must be between 0.0 and 1.0"),
         ("--data synthetic --projection fitted", "--data synthetic: the linear layer cannot be fitted to noise"),
         ("--precision fp16", "argument --precision: invalid choice"),
@@ -112,7 +111,6 @@ def test_bad_input_is_refused_before_the_first_step(tmp_path, more, message):
         ("clip/open_clip_config.json", "{", "[", "CLIP .*clip could not be loaded: "),
         ("diffusion/unet/config.json", "", None, "not a Stable Diffusion folder in .*: unet/config.json is missing"),
         ("diffusion/unet/config.json", "128\n", "192\n", "diffusion model .*diffusion could not be loaded: "),
-        ("diffusion/text_encoder/config.json", "", None, "text_encoder/config.json is missing"),
         ("diffusion/scheduler/scheduler_config.json", "epsilon", "sample", "not a Stable Diffusion 1.x or 2.x"),
         ("diffusion/scheduler/scheduler_config.json", "1000", "500", "--timesteps: the schedule .* has 500"),
     ],
@@ -174,12 +172,6 @@ def test_a_text_longer_than_the_text_encoders_context_is_refused():
         model.load_diffusion(f"{MINIATURE}/diffusion", "red " * 40, torch.float32, CPU)
 
 
-def test_a_convolutional_tower_is_refused(tmp_path):
-    folder = write_clip(tmp_path / "resnet", 32, dict(image_size=64, layers=[1, 1, 1, 1], width=8))
-    with refused("its vision tower gives no class token with a sequence of local tokens"):
-        model.load_clip(f"{folder}")
-
-
 @pytest.mark.parametrize(
     "environment, message",
     [
@@ -200,19 +192,19 @@ def test_one_process_trains_in_an_allocation_of_several_tasks(monkeypatch):
     assert parse_args([]).recipe == "miniature"
 
 
-@pytest.mark.parametrize("processes, most, expected", [(1, 32, 32), (2, 32, 16), (1, 7, 4), (4, 64, 8)])
-def test_the_micro_batch_divides_the_images_per_process(monkeypatch, processes, most, expected):
+@pytest.mark.parametrize("processes, batch, most, expected", [(2, 32, 32, 16), (1, 32, 7, 4), (1, 61, 16, 1)])
+def test_the_micro_batch_divides_the_images_per_process(monkeypatch, capsys, processes, batch, most, expected):
     for name, value in dict(RANK=0, WORLD_SIZE=processes, MASTER_ADDR="localhost", MASTER_PORT=1).items():
         monkeypatch.setenv(name, f"{value}")
-    assert parse_args(f"--batch-size 32 --micro-batch {most}".split()).micro_batch == expected
+    assert parse_args(f"--batch-size {batch} --micro-batch {most}".split()).micro_batch == expected
+    share = batch // processes
+    reduced = f"--micro-batch {most}: reduced to {expected}: it must divide the {share} images per process\n"
+    assert capsys.readouterr().err == (reduced if expected < min(share, most) else "")
 
 
-def test_overridden_settings_are_reported(capsys):
-    assert parse_args(["--batch-size", "61", "--micro-batch", "16"]).micro_batch == 1
+def test_untrained_text_encoders_fit_no_projection(capsys):
     assert parse_args(["--random-weights"]).projection == "random"
-    printed = capsys.readouterr().err.splitlines()
-    assert printed[0] == "--micro-batch 16: reduced to 1: it must divide the 61 images per process"
-    assert printed[1].startswith("--random-weights: uses --projection random")
+    assert capsys.readouterr().err.startswith("--random-weights: uses --projection random")
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -225,10 +217,10 @@ def test_the_options_beyond_the_paper_give_the_recipe_when_typed(recipe):
     assert args.out == "runs/miniature-paper"
 
 
-@pytest.mark.parametrize("recipe, shown", [("miniature", "(500:1000)"), ("openai-vit-l-14-336", "(0:1000)")])
-def test_help_shows_the_recipes_settings(recipe, shown):
-    text = make_parser(recipe).format_help()
-    assert shown in text and f"({RECIPES[recipe].recap})" in text and f"({RECIPES[recipe].lr})" in text
+def test_help_shows_the_recipes_settings():
+    for recipe, timesteps in (("miniature", "500:1000"), ("openai-vit-l-14-336", "0:1000")):
+        text, row = make_parser(recipe).format_help(), RECIPES[recipe]
+        assert all(f"({value})" in text for value in (timesteps, row.recap, row.lr))
 
 
 @pytest.mark.parametrize(
@@ -309,23 +301,26 @@ FILES = sorted(ROOT.glob("*.py")) + sorted(ROOT.glob("extras/*.py")) + sorted(RO
 COMMANDS = [f"{path.relative_to(ROOT)}" for path in FILES if 'if __name__ == "__main__"' in path.read_text()]
 WITHOUT_TORCH = """
 import os, runpy, sys
-path = sys.argv.pop(1)
+path = sys.argv[1]
 sys.path[0], sys.modules["torch"] = os.path.dirname(path), None  # None: an import fails
-try:
-    runpy.run_path(path, run_name="__main__")
-finally:
-    print(os.environ.get("GOMP_SPINCOUNT"))
+for flag, exit_code in (("--help", 0), ("--no-such-option", 2)):
+    sys.argv = [path, flag]
+    try:
+        runpy.run_path(path, run_name="__main__")
+    except SystemExit as end:
+        assert end.code == exit_code, end.code
+print(os.environ.get("GOMP_SPINCOUNT"))
 """
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.parametrize("flags, exit_code, lines", [("--help", 0, 0), ("--no-such-option", 2, 1)])
-def test_every_command_answers_before_torch_is_imported(command, flags, exit_code, lines):
-    """And `harness` is imported first: torch's OpenMP reads the GOMP_SPINCOUNT that it sets."""
+def test_every_command_answers_before_torch_is_imported(command):
+    """Help on stdout, a typo in one line on stderr. `harness` comes before torch, whose OpenMP reads GOMP_SPINCOUNT."""
     environment = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    line = [sys.executable, "-c", WITHOUT_TORCH, f"{ROOT / command}", flags]
+    line = [sys.executable, "-c", WITHOUT_TORCH, f"{ROOT / command}"]
     done = subprocess.run(line, env=environment, capture_output=True, text=True)
-    assert (done.returncode, len(done.stderr.splitlines())) == (exit_code, lines), done.stderr
+    assert done.returncode == 0 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stdout.startswith("usage: ")
     assert done.stdout.splitlines()[-1] == "1000"
 
 
@@ -439,7 +434,8 @@ def parsers(tmp_path_factory) -> dict:
 
 @pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["index", "cache", "mmvp", "recap", "state", "checkpoint"])
-def test_no_parser_crashes(parsers, name, count):
+def test_no_parser_crashes(parsers, monkeypatch, name, count):
+    monkeypatch.setattr(os, "fsync", lambda handle: None)  # each broken cache is written again
     path, parse = parsers[name]
     good, rng, refusals = path.read_bytes(), np.random.default_rng(0), 0
     for _ in range(count):

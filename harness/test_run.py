@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -25,6 +26,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
 
 import beyond
 import data
@@ -36,7 +38,7 @@ import model
 import train
 from harness.errors import Stopped
 from harness.processes import default_precision, process_group
-from harness.recipes import MINIATURE, RECIPES, beyond_the_paper
+from harness.recipes import MINIATURE, RECIPES
 from harness.signals import SIGNALS, StopSignals
 from harness.test_input import refused
 from test_smoke import (
@@ -54,12 +56,12 @@ def whole(tmp_path_factory) -> Path:
     return run(tmp_path_factory.mktemp("whole") / "run", STEPS)
 
 
-def stop_run(monkeypatch, out: Path, steps: int, name: str) -> None:
-    """Starts a run of STEPS that a signal stops after `steps`."""
+def stop_run(monkeypatch, out: Path, steps: int, name: str, more: str = "") -> None:
+    """Starts a run of STEPS that the signal `name` stops after `steps`."""
     number, usual = signal.Signals[name], signal.getsignal(signal.Signals[name])
     losses = at_loss(monkeypatch, steps, lambda: signal.raise_signal(number))
     with refused(f"{name}: stopped after {steps} steps, .* the same command again to resume") as stop:
-        run(out, STEPS)
+        run(out, f"{STEPS} {more}")
     assert stop.type is Stopped and stop.value.exit_code == 128 + number
     assert len(losses) == steps_saved(out) == steps and signal.getsignal(number) == usual
 
@@ -90,9 +92,6 @@ def test_a_run_prints_its_plan_and_the_next_steps(tmp_path, capfd):
     untrained = settings(out, f"--random-weights --mmvp {MINIATURE}/mmvp")
     advice = harness.run.next_steps(untrained, SimpleNamespace(tokenizer_error=None))
     assert "reconstruct.py" not in advice and "evaluate_mmvp.py" not in advice  # they would refuse
-    args = settings(out, "--timesteps 500:1000 --optimizer adamw --ldifs 0.05 --projection fitted --projection-steps 2")
-    expected = "--timesteps 500:1000 --optimizer adamw --projection fitted --projection-steps 2 --ldifs 0.05"
-    assert " ".join(beyond_the_paper(vars(args))) == expected
 
 
 def test_a_run_says_how_long_it_takes_without_the_scoring(tmp_path, monkeypatch, capfd):
@@ -103,67 +102,78 @@ def test_a_run_says_how_long_it_takes_without_the_scoring(tmp_path, monkeypatch,
     bar = harness.metrics.tqdm
     monkeypatch.setattr(harness.metrics, "tqdm", lambda **options: events.append("starts") or bar(**options))
     mmvp = write_mmvp(tmp_path / "mmvp")
-    out = run(tmp_path / "run", f"--mmvp {mmvp} --steps 31 --batch-size 1 --image-size 16 --states 1 --save-every 50")
+    flags = f"--mmvp {mmvp} --steps 13 --batch-size 1 --image-size 16 --states 1"
+    out = run(tmp_path / "run", flags)
     said = capfd.readouterr().out
     assert f"scores       before and after training, on {mmvp}" in said
-    assert said.count("the other 20 steps will take about 20.0 min") == said.count("will take") == 1
+    assert said.count("the remaining 2 steps will take about 2.0 min") == said.count("will take") == 1
     assert events == ["scores", "starts", "scores"] and metrics(out)[5]["images_per_second"] == round(1 / 60, 3)
+    clock = iter(range(100))  # a second for each step: not worth a line
+    run(tmp_path / "short", flags)
+    assert "will take" not in capfd.readouterr().out
 
 
-def test_the_logged_loss_excludes_the_penalty(tmp_path, monkeypatch):
-    plain = metrics(run(tmp_path / "plain"))
+def test_the_logged_loss_excludes_the_penalty(tmp_path, monkeypatch, whole):
     monkeypatch.setattr(beyond.Ldifs, "__call__", lambda self, cls, images: 0 * cls.sum() + 7)
-    assert [a["loss"] for a in metrics(run(tmp_path / "run", "--ldifs 1"))] == [b["loss"] for b in plain]
+    out = run(tmp_path / "run", f"{STEPS} --ldifs 1")
+    assert [line["loss"] for line in metrics(out)] == [line["loss"] for line in metrics(whole)]
 
 
-def test_one_image_is_enough(tmp_path):
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "one.jpg").write_bytes(jpeg(picture(40)))
-    assert_saved(run(tmp_path / "run", f"--data {tmp_path}/photos"))
-    with refused("--projection fitted: needs at least two images"):
-        run(tmp_path / "fitted", f"--data {tmp_path}/photos --projection fitted")
+def test_one_image_is_enough_and_may_move(tmp_path, monkeypatch):
+    folder, moved = tmp_path / "job1", tmp_path / "job2"
+    folder.mkdir()
+    (folder / "one.jpg").write_bytes(jpeg(picture(40)))
+    assert_saved(run(tmp_path / "run", f"--data {folder}"))
+    folder.rename(moved)
+    monkeypatch.setattr(train, "build", None)  # finished: nothing is loaded
+    run(tmp_path / "run", f"--data {moved} --clip {MINIATURE}/../miniature/clip/")
 
 
-@pytest.mark.parametrize("device, ampere, expected", [("cpu", 1, "fp32"), ("cuda", 1, "bf16"), ("cuda", 0, "fp32")])
-def test_bf16_is_the_default_only_where_the_hardware_has_it(monkeypatch, device, ampere, expected):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or ampere)
-    assert default_precision(torch.device(device)) == expected
+def test_bf16_is_the_default_only_where_the_hardware_has_it(monkeypatch):
+    for device, ampere, expected in (("cpu", True, "fp32"), ("cuda", True, "bf16"), ("cuda", False, "fp32")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation or ampere)
+        assert default_precision(torch.device(device)) == expected
 
 
-def test_gradients_are_averaged_once_a_step(tmp_path, monkeypatch):
-    """DDP communicates in 3 of 12 backward passes."""
-    buckets = []
+def test_gradients_are_averaged_once_a_step_and_held_once(tmp_path, monkeypatch):
+    """DDP communicates in 3 of 12 backward passes; from the second step on the gradients are in its two buckets."""
+    buckets, storages, backward = [], [], torch.Tensor.backward
 
     def watch(state, bucket):
         buckets.append(bucket.index())
         return allreduce_hook(None, bucket)
 
-    class Watched(train.DistributedDataParallel):
-        def __init__(self, *args, **options):
-            super().__init__(*args, **options)
-            self.register_comm_hook(None, watch)
+    def watched(conditioner, **options):
+        def count(loss):
+            backward(loss)
+            storages.append(len({p.grad.untyped_storage().data_ptr() for p in conditioner.parameters()}))
 
-    monkeypatch.setattr(train, "DistributedDataParallel", Watched)
+        monkeypatch.setattr(torch.Tensor, "backward", count)
+        ddp = DistributedDataParallel(conditioner, **options)
+        ddp.register_comm_hook(None, watch)
+        return ddp
+
+    monkeypatch.setattr(train, "DistributedDataParallel", watched)
     run(tmp_path / "run", "--micro-batch 1")
-    assert buckets.count(0) == 3
+    assert buckets.count(0) == 3 and storages[0] == 58 and len(storages) == 12 and max(storages[4:]) <= 2
 
 
 def test_bf16_runs_theta_under_autocast_and_phi_in_bf16(tmp_path, monkeypatch):
-    build, seen = train.build, {}
+    build, dtypes, parts = train.build, set(), []
 
     def watched(*args) -> tuple:
-        clip, diffusion, conditioner = seen["built"] = build(*args)
+        clip, diffusion, conditioner = build(*args)
+        parts.extend([clip.model, diffusion.unet, diffusion.vae])
         layer = clip.model.visual.transformer.resblocks[0].mlp.c_fc
-        layer.register_forward_hook(lambda *call: seen.update(tower=call[-1].dtype))
-        diffusion.unet.register_forward_pre_hook(lambda unet, inputs: seen.update(z_t=inputs[0].dtype))
+        layer.register_forward_hook(lambda *call: dtypes.add(call[-1].dtype))
+        diffusion.unet.register_forward_pre_hook(lambda unet, inputs: dtypes.add(inputs[0].dtype))  # z_t
         return clip, diffusion, conditioner
 
     monkeypatch.setattr(train, "build", watched)
     run(tmp_path / "run", "--precision bf16")
-    clip, diffusion, _ = seen["built"]
-    assert seen["tower"] == seen["z_t"] == diffusion.unet.dtype == diffusion.vae.dtype == torch.bfloat16
-    assert {p.dtype for p in clip.model.parameters()} == {torch.float32}
-    assert not any(m.training for part in (diffusion.unet, diffusion.vae, clip.model) for m in part.modules())
+    assert dtypes == {parts[1].dtype, parts[2].dtype} == {torch.bfloat16}
+    assert {p.dtype for p in parts[0].parameters()} == {torch.float32}
+    assert not any(module.training for part in parts for module in part.modules())
 
 
 @pytest.mark.parametrize("name", ["miniature", "siglip"])
@@ -178,7 +188,7 @@ def test_grad_checkpointing_keeps_less_and_changes_nothing(tmp_path, name):
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            outs.append(run(tmp_path / f"run{more}", f"--clip {clip} --recap pool:5 --steps 2 {more}"))
+            outs.append(run(tmp_path / f"run{more}", f"--clip {clip} --recap pool:5 --steps 1 {more}"))
         kept.append(sum(tensors.values()))
     assert kept[1] < 0.35 * kept[0]  # 0.44 or more if only φ or only θ were checkpointed
     assert_same_run(*outs)
@@ -221,9 +231,9 @@ def test_a_clip_is_saved_without_its_tokenizer(tmp_path):
     assert all(torch.equal(v, clip.model.state_dict()[k]) for k, v in reloaded.state_dict().items())
 
 
-def test_a_finished_run_evaluates_once(tmp_path, capsys, monkeypatch):
-    two, three = (f"--mmvp {write_mmvp(tmp_path / f'{pairs}', pairs)}" for pairs in (2, 3))
-    out = run(tmp_path / "run")
+def test_a_finished_run_evaluates_once(tmp_path, capsys, monkeypatch, whole):
+    two, three = (f"{STEPS} --mmvp {write_mmvp(tmp_path / f'{pairs}', pairs)}" for pairs in (2, 3))
+    out = Path(shutil.copytree(whole, tmp_path / "run"))
     scores = out / "mmvp" / "scores.json"
     run(out, two)
     with monkeypatch.context() as patch, pytest.raises(TypeError):
@@ -241,10 +251,10 @@ def test_a_finished_run_evaluates_once(tmp_path, capsys, monkeypatch):
 
 
 def test_the_command_compares_two_clips(tmp_path, monkeypatch, capsys):
-    """The same scores as the run's own; each figure is compared with the one recomputed from pairs.csv."""
+    """The same scores as the run's own; each figure is compared with that computed again from pairs.csv."""
     mmvp, scores = write_mmvp(tmp_path / "mmvp"), tmp_path / "scores"
     header, *lines = (MINIATURE / "mmvp" / "Questions.csv").read_text().splitlines(True)
-    lines = [line for i, line in enumerate(lines) if i % 200 < 30]  # 15 pairs of each type
+    lines = [line for i, line in enumerate(lines) if i % 200 < 10]  # 5 pairs of each type
     (mmvp / "Questions.csv").write_text("".join([header, *lines]))
     run(tmp_path / "run", f"--mmvp {mmvp} --lr 1")
     capsys.readouterr()
@@ -252,29 +262,30 @@ def test_the_command_compares_two_clips(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", command.split())
     evaluate_mmvp.main(evaluate_mmvp.read_args())
     said = capsys.readouterr().out
-    clips = json.loads((scores / "scores.json").read_text())["clips"]
-    theirs = json.loads((tmp_path / "run" / "mmvp" / "scores.json").read_text())["clips"]
+    clips, theirs = (
+        json.loads((folder / "scores.json").read_text())["clips"] for folder in (scores, tmp_path / "run" / "mmvp")
+    )
     assert clips[1]["change"] == theirs[1]["change"] and len(clips) == 2
     with open(scores / "pairs.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 2 * 135
+    assert len(rows) == 2 * 45
     for embedding, change in zip(evaluate_mmvp.EMBEDDINGS, clips[1]["change"], strict=True):
-        counts = []  # correct pairs of each CLIP; all types have 15 pairs, so their share is the average
-        for entry, mine in zip(clips, (rows[:135], rows[135:])):
-            for row in mine:
-                a, b, c, d = (float(row[f"{embedding} s{i} i{j}"]) for i in (1, 2) for j in (1, 2))
-                assert int(row[f"{embedding} right"]) == (a > b and d > c)
-            counts.append(sum(int(row[f"{embedding} right"]) for row in mine))
-            assert entry[embedding]["average"] == pytest.approx(100 * counts[-1] / 135)
-            assert f"{entry[embedding]['average']:.1f}" in said
-        assert change["won"] - change["lost"] == counts[1] - counts[0]
-        assert change["points"] == pytest.approx(100 * (counts[1] - counts[0]) / 135)
+        names = [f"{embedding} s{s} i{i}" for s in (1, 2) for i in (1, 2)]
+        a, b, c, d = np.array([[float(row[name]) for name in names] for row in rows]).T
+        right = (a > b) & (d > c)
+        assert right.tolist() == [row[f"{embedding} right"] == "1" for row in rows]
+        before, after = right.reshape(2, 45)
+        averages = [100 * before.mean(), 100 * after.mean()]  # all types have as many pairs
+        assert [clip[embedding]["average"] for clip in clips] == pytest.approx(averages)
+        assert all(f"{average:.1f}" in said for average in averages)
+        assert (change["won"], change["lost"]) == (sum(after & ~before), sum(before & ~after))
+        assert change["points"] == pytest.approx(averages[1] - averages[0])
 
 
 def test_shards_that_change_while_they_are_read_are_skipped(tmp_path, monkeypatch, capfd):
-    """Of sixty shards one is removed, one truncated, one replaced during a run: images are counted and named."""
+    """Of forty shards one is removed, one truncated, one replaced during a run: images are counted and named."""
     files = {f"{i}.jpg": jpeg(picture(40, 90 * i)) for i in range(4)}
-    for s in range(60):
+    for s in range(40):
         write_shard(tmp_path / f"{s:02}.tar", files)
 
     def harm() -> None:
@@ -283,7 +294,7 @@ def test_shards_that_change_while_they_are_read_are_skipped(tmp_path, monkeypatc
         write_shard(tmp_path / "11.tar", {"0.txt": b"caption" * 100, "1.jpg": files["1.jpg"]})
 
     at_loss(monkeypatch, 11, harm)
-    flags = f"--data {tmp_path}/*.tar --steps 60 --save-every 60 --states 1 --image-size 16"
+    flags = f"--data {tmp_path}/*.tar --steps 40 --save-every 40 --states 1 --image-size 16"
     lines = metrics(run(tmp_path / "run", flags))
     names = [name for line in lines for name in line.get("skipped", [])]
     assert lines[10]["unreadable"] == 0 and lines[-1]["unreadable"] == len(names) > 8
@@ -301,13 +312,11 @@ def test_shards_that_change_while_they_are_read_are_skipped(tmp_path, monkeypatc
 
 
 def test_the_linear_layer_is_fitted_once(tmp_path, monkeypatch):
-    fits, flags = [], "--projection fitted --steps 2 --micro-batch 2"
+    fits = []
     monkeypatch.setattr(beyond, "fit_projection", lambda *args: fits.append(args))
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
-        at_loss(patch, 2, lambda: signal.raise_signal(signal.SIGTERM))
-        run(tmp_path / "run", flags)
-    run(tmp_path / "run", flags)
-    assert steps_saved(tmp_path / "run") == 2 and len(fits) == 1
+    stop_run(monkeypatch, tmp_path, 2, "SIGTERM", "--projection fitted")
+    run(tmp_path, f"{STEPS} --projection fitted")
+    assert steps_saved(tmp_path) == 5 and len(fits) == 1
 
 
 @pytest.mark.parametrize("saves", [1, 3])
@@ -328,28 +337,24 @@ def test_a_run_that_dies_in_a_save_resumes_in_the_same_bits(tmp_path, monkeypatc
     assert_saved(tmp_path / "run")
 
 
-def test_a_full_disk_costs_nothing_but_time(tmp_path, whole):
-    """A tmpfs with room for one checkpoint: a sentence, the earlier one intact; with more room the run resumes."""
-    size, disk = (whole / "checkpoint.pt").stat().st_size, tmp_path / "disk"
-    disk.mkdir()
-    mount = f"mount -t tmpfs -o size={size * 3 // 2} tmpfs {disk}"
-    if subprocess.run(mount.split(), capture_output=True).returncode:
-        pytest.skip("mounting a small disk needs root")
-    try:
-        with refused("checkpoint.pt: could not be written"):
-            run(disk / "run", STEPS)
-        assert steps_saved(disk / "run") == 2 and not list((disk / "run").glob("*.part"))
-        subprocess.run(f"mount -o remount,size={4 * size} {disk}".split(), check=True)
-        assert_same_run(whole, run(disk / "run", STEPS))
-    finally:
-        subprocess.run(["umount", f"{disk}"], check=True)
+def test_a_full_disk_costs_nothing_but_time(tmp_path, monkeypatch, whole):
+    """The second save does not fit: a sentence, and the first one is intact; with more room the run resumes."""
+    size, (soft, hard) = (whole / "checkpoint.pt").stat().st_size, resource.getrlimit(resource.RLIMIT_FSIZE)
+    with monkeypatch.context() as patch, refused("checkpoint.pt: could not be written"):
+        at_loss(patch, 3, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, hard)))
+        try:
+            run(tmp_path, STEPS)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert steps_saved(tmp_path) == 2 and not list(tmp_path.glob("*.part"))
+    assert_same_run(whole, run(tmp_path, STEPS))
 
 
 def test_a_loss_that_is_not_finite_stops_before_its_step(tmp_path, monkeypatch):
     loss, factors = train.denoising_loss, iter([1, 1, math.nan])
     monkeypatch.setattr(train, "denoising_loss", lambda *args: loss(*args) * next(factors))
     with refused(r"step 2: the loss is nan .* \(process 0\); the step was not taken"):
-        run(tmp_path / "run", "--save-every 1 --steps 5")
+        run(tmp_path / "run", "--save-every 1")
     assert steps_saved(tmp_path / "run") == 2
 
 
@@ -423,23 +428,11 @@ def test_a_disk_without_permissions_and_fsync_keeps_a_run(tmp_path, monkeypatch)
 
 
 def test_clips_are_kept_along_a_run(tmp_path, monkeypatch):
-    """Each has the weights of its step, compared with a run that was stopped there."""
-    out = run(tmp_path / "run", f"{STEPS} --keep-every 2")
-    assert sorted(path.name for path in out.glob("clip*")) == ["clip", "clip-000002", "clip-000004"]
-    stop_run(monkeypatch, tmp_path / "stopped", 4, "SIGUSR1")
-    kept, stopped = open_clip.create_model(f"local-dir:{out}/clip-000004"), weights(tmp_path / "stopped")
+    """The last one has the weights of its step, at which the run is stopped; OUT/clip is not written yet."""
+    stop_run(monkeypatch, tmp_path, 4, "SIGUSR1", "--keep-every 2")
+    assert sorted(path.name for path in tmp_path.glob("clip*")) == ["clip-000002", "clip-000004"]
+    kept, stopped = open_clip.create_model(f"local-dir:{tmp_path}/clip-000004"), weights(tmp_path)
     assert all(torch.equal(v, stopped[f"visual.{k}"]) for k, v in kept.visual.state_dict().items())
-
-
-def test_images_that_have_moved_are_the_same_run(tmp_path, monkeypatch):
-    folder, moved = tmp_path / "job1", tmp_path / "job2"
-    folder.mkdir()
-    for i in range(4):
-        (folder / f"{i}.jpg").write_bytes(jpeg(picture(40, i)))
-    run(tmp_path / "run", f"--data {folder}")
-    folder.rename(moved)
-    monkeypatch.setattr(train, "build", None)  # finished: nothing is loaded
-    run(tmp_path / "run", f"--data {moved} --clip {MINIATURE}/../miniature/clip/")
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -490,27 +483,30 @@ def test_a_signal_while_a_batch_never_comes_saves_the_last_whole_step(tmp_path, 
     assert_same_run(whole, run(tmp_path / "run", STEPS))
 
 
+def as_rank_zero(monkeypatch, processes: int, store: dist.Store) -> None:
+    """As if torchrun had started this process as the first of a node, one of `processes`."""
+    monkeypatch.setattr(harness.processes, "rendezvous", lambda url: iter([(store, 0, processes)]))
+    for name, value in dict(RANK=0, WORLD_SIZE=processes, LOCAL_WORLD_SIZE=1, TORCHELASTIC_RESTART_COUNT=3).items():
+        monkeypatch.setenv(name, f"{value}")
+
+
 def test_nodes_that_cannot_reach_each_other_are_told_what_to_set(monkeypatch):
     def refuse(*args, **more):
         raise RuntimeError("Gloo connectFullMesh failed with 127.0.1.1: Connection refused")
 
-    monkeypatch.setattr(harness.processes, "rendezvous", lambda url: iter([(dist.HashStore(), 0, 2)]))
+    as_rank_zero(monkeypatch, 2, dist.HashStore())
     monkeypatch.setattr(dist, "init_process_group", refuse)
-    for name, value in dict(RANK=0, WORLD_SIZE=2, LOCAL_WORLD_SIZE=1).items():
-        monkeypatch.setenv(name, f"{value}")
     with refused("nodes cannot reach each other .*Connection refused.*GLOO_SOCKET_IFNAME"), process_group():
         pass
 
 
-def test_a_restart_has_keys_of_its_own(monkeypatch):
+def test_a_restart_has_its_own_keys(monkeypatch):
     """After a restart torchrun's store still holds the addresses of the processes that died."""
     stores, kept = [], dist.HashStore()
-    monkeypatch.setattr(harness.processes, "rendezvous", lambda url: iter([(kept, 0, 1)]))
+    as_rank_zero(monkeypatch, 1, kept)
     monkeypatch.setattr(dist, "init_process_group", lambda *args, store, **more: stores.append(store))
     monkeypatch.setattr(dist, "barrier", lambda: None)
     monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
-    for name, value in dict(RANK=0, WORLD_SIZE=1, LOCAL_WORLD_SIZE=1, TORCHELASTIC_RESTART_COUNT=3).items():
-        monkeypatch.setenv(name, f"{value}")
     with process_group():
         stores[0].set("address", "new")
     assert kept.get("3/address") == b"new"
@@ -556,7 +552,7 @@ def faulty(script: Path, fault: str) -> Path:
 def test_a_lost_terminal_stops_a_run(tmp_path):
     """SIGHUP comes, and writing to the terminal fails. Threads still read the batches of the step, which ends."""
     master, terminal = os.openpty()
-    flags = "--steps 1000 --batch-size 24 --micro-batch 2 --states 1 --workers 2"
+    flags = "--steps 1000 --batch-size 16 --micro-batch 2 --states 1 --workers 2"
     command = f"{sys.executable} train.py {SMALL} {tmp_path}/run {flags}"
     process = subprocess.Popen(
         command.split(), cwd=ROOT, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
@@ -571,37 +567,13 @@ def test_a_lost_terminal_stops_a_run(tmp_path):
 
 
 def test_two_processes_resume_from_what_the_first_reads(tmp_path, monkeypatch, whole):
-    """With accumulation. Process 1 cannot read the state, as on a network disk; the losses are those of one process.
-
-    From the second step on all gradients lie in DDP's buckets when a step begins, so that they are held once.
-    """
-    fault = (
-        "import harness.run\n"
-        "if os.environ['RANK'] == '1': harness.run.read_state = None\n"
-        "backward, storages = torch.Tensor.backward, []\n"
-        "def count(self):\n"
-        "    backward(self)\n"
-        "    grads = [p.grad for p in conditioners[0].parameters()]\n"
-        "    storages.append(len({g.untyped_storage().data_ptr() for g in grads}))\n"
-        "torch.Tensor.backward = count\n"
-        "build, conditioners = train.build, []\n"
-        "def watched(*args):\n"
-        "    built = build(*args)\n"
-        "    conditioners.append(built[2])\n"
-        "    return built\n"
-        "train.build = watched\n"
-        "import atexit; atexit.register(lambda: print(f'storages {storages}\\n', end=''))"
-    )
+    """With accumulation. Process 1 cannot read the state, as on a network disk; the result is that of one process."""
     stop_run(monkeypatch, tmp_path / "two", 2, "SIGTERM")
-    command = f"{TORCHRUN} {faulty(tmp_path / 'two.py', fault)} {SMALL} {tmp_path}/two {STEPS} --micro-batch 1"
-    done = subprocess.run(command.split(), cwd=ROOT, check=True, capture_output=True, text=True, timeout=120)
+    fault = "import harness.run\nif os.environ['RANK'] == '1': harness.run.read_state = None"
+    finish(f"{TORCHRUN} {faulty(tmp_path / 'two.py', fault)} {SMALL} {tmp_path}/two {STEPS} --micro-batch 1")
     assert_near(weights(whole), weights(tmp_path / "two"), 1e-5)
     losses = [[line["loss"] for line in metrics(out)] for out in (whole, tmp_path / "two")]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-    for storages in re.findall(r"storages \[(.*)\]", done.stdout):
-        storages = [int(count) for count in storages.split(", ")]  # after each micro-batch, of 58 gradients
-        assert len(storages) == 6 and max(storages[1:]) <= 2  # DDP's buckets: one, and then two
-    assert done.stdout.count("storages [58, ") == 2
 
 
 @pytest.fixture(scope="module")
@@ -660,7 +632,7 @@ def test_torchrun_restarts_a_run_that_lost_a_process(tmp_path, whole_of_two):
 @pytest.mark.parametrize(
     "fault, words",
     [
-        ("raise ValueError('a fault of its own')", "[rank1]: ValueError: a fault of its own"),
+        ("raise ValueError('a bug')", "[rank1]: ValueError: a bug"),
         ("return loss(*args) * float('nan')", "(process 1); the step was not taken"),
     ],
 )
