@@ -88,7 +88,7 @@ class Clip:
         return self.preprocess_image(read_image(path))
 
     def tokenizer(self):
-        """Its tokenizer. SigLIP's comes from the hub, so call this only if there is text to read.
+        """Its tokenizer. May ask the hub (SigLIP): do not call it before you need it.
 
         Raises:
             UserError: it cannot be loaded; `tokenizer_error` then says why.
@@ -103,8 +103,9 @@ class Clip:
     def save(self, folder: Path) -> None:
         """Writes the whole CLIP to `folder`, which open_clip loads as `local-dir:…`: config, tokenizer, weights.
 
-        The weights are replaced atomically. A tokenizer that cannot be loaded is omitted; `tokenizer_error` then says
-        why. UserError: the folder cannot be written.
+        The weights are replaced atomically. The keys must be open_clip's own: merge here what you added to the tower.
+        A tokenizer that cannot be loaded is omitted; `tokenizer_error` then says why. UserError: the folder cannot be
+        written.
         """
         weights = {key: value.contiguous() for key, value in self.model.state_dict().items()}
         with atomic_path(folder / "open_clip_model.safetensors") as temporary:
@@ -121,8 +122,8 @@ def load_clip(name: str, random_weights: bool = False, device: str = "cpu") -> C
     CLIP@WEIGHTS is that CLIP with its weights loaded from WEIGHTS (harness/weights.py). ARCH@WEIGHTS needs a whole CLIP
     in the file, and uses open_clip's default preprocessing.
 
-    With `random_weights`, the same architecture and preprocessing with seeded random weights; a built-in architecture
-    then downloads nothing. On `device="meta"` only its shapes are kept.
+    `random_weights` keeps the architecture and preprocessing and draws the weights from a seed; a built-in architecture
+    needs no download. `device="meta"` allocates no weights.
 
     Raises:
         UserError: it cannot be loaded, or its vision tower has no sequence of local tokens.
@@ -137,8 +138,7 @@ def load_clip(name: str, random_weights: bool = False, device: str = "cpu") -> C
     if files and assumed:
         warn(f"{name}: assuming {assumed}")
     for i, file in enumerate(files):
-        whole = i == 0 and "pretrained" not in options  # it must hold both towers
-        replace_weights(model, file, whole)
+        replace_weights(model, file, whole=i == 0 and "pretrained" not in options)
     if options.get("force_quick_gelu"):
         config["quick_gelu"] = True
     if random_weights and ":" not in source and config["text_cfg"].get("hf_tokenizer_name"):
@@ -154,7 +154,6 @@ def count_patches(visual: torch.nn.Module, name: str) -> int:
     """
     device = next(visual.parameters()).device
     try:
-        device = next(visual.parameters()).device
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
             cls, local = visual_tokens(visual, torch.empty(1, 3, *visual.preprocess_cfg["size"], device=device))
         if cls.ndim == 2 and local.ndim == 3 and cls.shape[-1] == local.shape[-1]:
@@ -170,7 +169,7 @@ def count_patches(visual: torch.nn.Module, name: str) -> int:
 
 @dataclass
 class Diffusion:
-    """A frozen Stable Diffusion. Its text encoder is freed once it has embedded the one text.
+    """A frozen Stable Diffusion. The text encoder is not kept: it embeds --text once, while loading.
 
     `alphas_cumprod` (T,) fp32 is ᾱ; `prediction_type` is "epsilon" or "v_prediction"; `text_embedding` is (1, L, W),
     where W is the width of the U-Net's cross-attention.
@@ -205,7 +204,7 @@ class Diffusion:
 def load_diffusion(name: str, text: str, dtype: torch.dtype, device, random_weights: bool = False) -> Diffusion:
     """Loads a Stable Diffusion 1.x or 2.x in diffusers' layout (hub name or folder), frozen, in eval mode, in `dtype`.
 
-    With `random_weights` nothing is downloaded: the architecture is that of a folder, otherwise that of 2.1-base, with
+    With `random_weights` nothing is downloaded: if `name` is a folder, its architecture, else that of 2.1-base, with
     seeded weights and a random text embedding.
 
     Raises:

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from huggingface_hub import snapshot_download
-
 from harness.errors import UserError, one_line
+from harness.hub import fetch
 
 IMAGE_FOLDERS = ("MLLM_VLM Images", "MLLM_VLM_Images", "MMVP_VLM_Images")
 HEADER = ["Question ID", "Type", "Statement"]
@@ -43,7 +42,9 @@ def read_mmvp(source: str) -> list[Pair]:
     Raises:
         UserError: a file is missing or does not fit the layout. Gives the file and the row.
     """
-    folder = find_mmvp(source)
+    if not os.path.isdir(source) and (source.count("/") != 1 or source.startswith((".", "/"))):
+        raise UserError(f"{source}: no such folder; --mmvp takes a folder or a data set on the hub, MMVP/MMVP_VLM")
+    folder = Path(source) if os.path.isdir(source) else fetch(source, kind="dataset")
     image_folder = next((folder / name for name in IMAGE_FOLDERS if (folder / name).is_dir()), None)
     if image_folder is None:
         raise UserError(f"{folder}: no image folder ({', '.join(IMAGE_FOLDERS)})")
@@ -53,18 +54,6 @@ def read_mmvp(source: str) -> list[Pair]:
             raise UserError(f"{first.place}: the id {first.id} is already in use")
         pairs[int(first.id)] = read_pair(first, second, image_folder)
     return list(pairs.values())
-
-
-def find_mmvp(source: str) -> Path:
-    """The folder of a benchmark, downloaded from the hub if necessary."""
-    if os.path.isdir(source):
-        return Path(source)
-    if source.count("/") != 1 or source.startswith((".", "/")):
-        raise UserError(f"{source}: no such folder; --mmvp takes a folder or a data set on the hub, MMVP/MMVP_VLM")
-    try:
-        return Path(snapshot_download(source, repo_type="dataset"))
-    except Exception as error:  # the hub's client raises many kinds
-        raise UserError(f"data set {source} could not be fetched from the hub: {one_line(error)}") from error
 
 
 def read_questions(path: Path) -> list[Row]:
@@ -88,7 +77,7 @@ def read_questions(path: Path) -> list[Row]:
 
 
 def read_pair(first: Row, second: Row, image_folder: Path) -> Pair:
-    """Checks that two rows are a pair with both images. Both images are in the folder of their type."""
+    """Checks that two rows are a pair, and that both images are in the folder of their type."""
     if int(first.id) % 2 == 0:
         raise UserError(f"{first.place}: a pair begins with an odd id, not with {first.id}")
     if int(second.id) != int(first.id) + 1:

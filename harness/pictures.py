@@ -10,31 +10,15 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from harness.errors import UserError, one_line
 
-# Raster formats that Pillow decodes itself, and their suffixes. Without such a list, Pillow trusts a file's bytes
-# whatever its name, and runs Ghostscript on PostScript.
-FORMATS = {
-    "AVIF": [".avif", ".avifs"],
-    "BMP": [".bmp"],
-    "DDS": [".dds"],
-    "DIB": [".dib"],
-    "GIF": [".gif"],
-    "ICNS": [".icns"],
-    "ICO": [".ico"],
-    "JPEG": [".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"],
-    "JPEG2000": [".jp2", ".j2c", ".j2k", ".jpc", ".jpf", ".jpx"],
-    "PCX": [".pcx"],
-    "PNG": [".png", ".apng"],
-    "PPM": [".ppm", ".pgm", ".pbm", ".pnm", ".pfm"],
-    "PSD": [".psd"],
-    "QOI": [".qoi"],
-    "SGI": [".sgi"],
-    "TIFF": [".tif", ".tiff"],
-    "WEBP": [".webp"],
-    "XBM": [".xbm"],
-    "XPM": [".xpm"],
-    "TGA": [".tga"],  # last: it has no magic number
-}
-IMAGE_SUFFIXES = {"", *sum(FORMATS.values(), [])}  # "": web datasets often have images without a suffix
+# Raster formats that Pillow decodes itself. Without such a list, Pillow trusts a file's bytes whatever its name, and
+# runs Ghostscript on PostScript.
+FORMATS = [
+    "AVIF", "BMP", "DDS", "DIB", "GIF", "ICNS", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "PSD", "QOI", "SGI",
+    "TIFF", "WEBP", "XBM", "XPM", "TGA",  # TGA is last: it has no magic number
+]  # fmt: skip
+RAW_SUFFIXES = {".bw", ".rgb", ".rgba", ".icb", ".vda", ".vst"}  # of SGI and TGA, but raw pixels often have these
+IMAGE_SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS} - RAW_SUFFIXES
+IMAGE_SUFFIXES |= {"", ".mpo"}  # "": web datasets often have images without a suffix
 
 
 def open_image(content: bytes) -> Image.Image:
@@ -44,7 +28,7 @@ def open_image(content: bytes) -> Image.Image:
         UnidentifiedImageError: not in one of FORMATS. A broken file may raise almost any exception.
     """
     try:
-        return Image.open(io.BytesIO(content), formats=list(FORMATS))
+        return Image.open(io.BytesIO(content), formats=FORMATS)
     except UnidentifiedImageError:
         raise UnidentifiedImageError("unsupported image format") from None
 

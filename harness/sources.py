@@ -192,7 +192,9 @@ def shard_index(path: str) -> np.ndarray:
         stat = os.stat(path)
         stamp = np.array([[stat.st_size, stat.st_mtime_ns]])
         rule = os.path.abspath(path) + "2" + " ".join(sorted(IMAGE_SUFFIXES))  # "2": the version of `find_images`
-        cache = Path(cache_folder(), short_hash(os.fsencode(rule)) + ".npy")
+        place = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        place = place if os.path.isabs(place) else os.devnull  # without a home folder nothing is cached
+        cache = Path(place, "diva", short_hash(os.fsencode(rule)) + ".npy")
         with contextlib.suppress(Exception):  # no index, a broken one, or one of another shard
             index = np.load(cache, allow_pickle=False)
             fresh = index.dtype == np.int64 and np.array_equal(index[:1], stamp)
@@ -206,16 +208,10 @@ def shard_index(path: str) -> np.ndarray:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({one_line(error)})") from None
 
-    with contextlib.suppress(UserError):  # read-only or full: the next start indexes again
-        with atomic_path(cache) as temporary, open(temporary, "wb") as file:
-            np.save(file, np.concatenate([stamp, members]))
+    # read-only or full: the next start indexes again
+    with contextlib.suppress(UserError), atomic_path(cache) as temporary, open(temporary, "wb") as file:
+        np.save(file, np.concatenate([stamp, members]))
     return members
-
-
-def cache_folder() -> str:
-    """The folder for indexes. Without a home folder it is below /dev/null, so nothing is cached."""
-    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return os.path.join(folder if os.path.isabs(folder) else os.devnull, "diva")
 
 
 def find_images(path: str) -> np.ndarray:

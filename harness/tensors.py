@@ -72,8 +72,11 @@ def read_file(file: Path) -> dict:
             head = opened.read(9)
         if head[8:] == b"{":  # safetensors, after the header's length
             return load_file(file)
-        if head.startswith(b"PK"):
-            refuse_torchscript(file)
+        if head.startswith(b"PK"):  # a zip archive
+            with zipfile.ZipFile(file) as archive:
+                if any(name.endswith("/constants.pkl") for name in archive.namelist()):  # as OpenAI publishes its CLIPs
+                    advice = "for OpenAI's weights name ARCH:openai, such as ViT-L-14:openai"
+                    raise UserError(f"{file}: is a TorchScript program, which is not executed; {advice}")
         elif not head.startswith(b"\x80"):  # a pickle
             raise ValueError("neither safetensors nor torch.save wrote it")
         with open(file, "rb") as opened, warnings.catch_warnings(action="ignore"):  # about torch's old file formats
@@ -97,16 +100,6 @@ def refuse_placeholder(file: Path) -> None:
         raise UserError(f"{file}: is a git-lfs pointer, not the weights; run `git lfs pull` in its folder")
     if head.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"<"):
         raise UserError(f"{file}: is a web page (HTML or XML), not weights; download the file itself")
-
-
-def refuse_torchscript(file: Path) -> None:
-    """UserError for a TorchScript program, the format in which OpenAI publishes its CLIPs."""
-    with zipfile.ZipFile(file) as archive:
-        if any(entry.partition("/")[2] == "constants.pkl" for entry in archive.namelist()):
-            raise UserError(
-                f"{file}: is a TorchScript program, which is not executed; for OpenAI's weights name ARCH:openai, such "
-                f"as ViT-L-14:openai"
-            )
 
 
 def flatten(content: dict, prefix: str = "") -> Tensors:

@@ -371,7 +371,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         (True, "evaluate_mmvp.py --mmvp {mmvp} hf-hub:a/missing", "CLIP hf-hub:a/missing could not be loaded"),
         (True, "evaluate_mmvp.py --mmvp {mmvp} hf-hub:a/gated", "CLIP hf-hub:a/gated could not be loaded"),
         (True, "train.py {run} --diffusion a/gated", "diffusion model a/gated could not be loaded"),
-        (True, "evaluate_mmvp.py miniature --mmvp a/gated", "data set a/gated could not be fetched"),
+        (True, "evaluate_mmvp.py miniature --mmvp a/gated", "dataset a/gated: could not be fetched"),
         (False, "train.py {run} --diffusion a/missing", "diffusion model a/missing could not be loaded"),
     ],
 )

@@ -124,43 +124,43 @@ def transformers_tower(clip) -> dict:
     return {name: value for name, value in to_transformers(clip.state_dict()).items() if name.startswith("vis")}
 
 
-FORMS = {
-    "whole.pth": whole,
+FILES = {  # what a file is called, and what the weights are nested in
     "whole.safetensors": whole,
     "whole.safetensors.ckpt": whole,  # the content counts, not the name
     "whole.pth.safetensors": whole,
     "whole half.pth": lambda clip: clip.half().state_dict(),
-    "whole openai.pt": openai,
     "whole trained.ckpt": lambda clip: dict(epoch=3, state_dict=named(clip.state_dict(), "module.")),
+    "whole model.pth": lambda clip: dict(model=clip.state_dict(), optimizer=dict(step=3)),
+    "tower.safetensors": tower,
+}
+NAMES = {  # what the weights are called
+    "whole.pth": whole,
+    "whole openai.pt": openai,
     "whole compiled.pth": lambda clip: dict(
         ema={re.sub(r"(blocks\.\d+\.)", r"\1_orig_mod.", name): value for name, value in clip.state_dict().items()}
     ),
-    "whole model.pth": lambda clip: dict(model=clip.state_dict(), optimizer=dict(step=3)),
     "whole transformers.bin": transformers_whole,
-    "whole transformers.safetensors": transformers_whole,
     "tower.ckpt": tower,
-    "tower.safetensors": tower,
     "tower visual.pth": lambda clip: named(tower(clip), "visual."),
     "tower module.pth": lambda clip: named(tower(clip), "module."),
     "tower both.pth": lambda clip: dict(model=named(tower(clip), "module.visual.")),
     "tower transformers.bin": transformers_tower,
     "tower wrapped.bin": lambda clip: named(transformers_tower(clip), "clip."),
 }
-SIGLIP_FORMS = FORMS | {  # a CLIPVisionModel has no projection
+SIGLIP_NAMES = {  # a CLIPVisionModel has no projection
     "tower SiglipVisionModel.bin": lambda clip: {
         name.removeprefix("vision_model."): value for name, value in transformers_tower(clip).items()
     }
 }
-
-
-CASES = [(name, form) for name in ("miniature", "nested") for form in FORMS]
-CASES += [("siglip", form) for form in SIGLIP_FORMS]
+FORMS = FILES | NAMES | SIGLIP_NAMES
+CASES = [("miniature", form) for form in FILES] + [("siglip", form) for form in SIGLIP_NAMES]
+CASES += [(name, form) for name in ("miniature", "nested", "siglip") for form in NAMES]
 
 
 @pytest.mark.parametrize("name, form", CASES)
 def test_each_format_is_read_bit_for_bit(clips, tmp_path, capsys, name, form):
     before, trained = model.load_clip(clips[name]), perturbed(model.load_clip(clips[name]))
-    file = write(tmp_path / form, SIGLIP_FORMS[form](trained.model))
+    file = write(tmp_path / form, FORMS[form](trained.model))
     read = model.load_clip(f"{clips[name]}@{file}")
     for key, value in read.model.state_dict().items():
         changed = "whole" in form or key.startswith("visual.")
