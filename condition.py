@@ -155,10 +155,10 @@ class VisualCondition(nn.Module):
         Returns:
             c (B, N, 1 + K, W), with N = 1 if the states share it, and the class token (B, D).
         """
-        pixels = self.preprocess(images)  # (B, 3, s, s)
+        clip_input = self.preprocess(images)  # the same crop at CLIP's size, (B, 3, s, s)
         device = "cuda" if images.is_cuda else "cpu"
         with torch.autocast(device, torch.bfloat16, enabled=self.bf16):
-            cls, local = visual_tokens(self.visual, pixels)  # Alg. 1, line 2: V
+            cls, local = visual_tokens(self.visual, clip_input)  # Alg. 1, line 2: V
             return self.build_condition(cls, local, text_embedding, patch_indices), cls  # Alg. 1, line 3: c
 
     def build_condition(

@@ -33,12 +33,12 @@ from model import Clip, Diffusion, load_clip, load_diffusion
 
 @dataclass(frozen=True)
 class Draws:
-    """What is drawn at random for each image: the patches of its recap, its timesteps and its noise."""
+    """The settings of what is drawn at random for each image: the patches of its recap, its timesteps and noise."""
 
     seed: int
     recap: Recap
     states: int  # N, the noisy states of an image
-    timesteps: range  # t is uniform over these; the paper takes the whole schedule, range(1000)
+    timestep_range: range  # t is uniform over these; the paper takes the whole schedule, range(1000)
 
 
 @dataclass
@@ -53,7 +53,7 @@ class Stage:
     max_lr: float
     warmup: float  # share of the steps
     accumulation: int  # micro-batches per step and process
-    max_grad_norm: float  # 0: no clipping
+    max_grad_norm: float  # not in the paper, but in the released code; 0: no clipping
     penalty: beyond.Ldifs | None = None  # not in the paper
 
 
@@ -65,7 +65,7 @@ def draw_states(
     `shape` is that of one latent, (4, h, w); `rngs` has one generator per image. NumPy draws on the CPU, so that a GPU
     run draws the same numbers as a CPU run.
     """
-    timesteps = [rng.integers(draws.timesteps.start, draws.timesteps.stop, draws.states) for rng in rngs]
+    timesteps = [rng.integers(draws.timestep_range.start, draws.timestep_range.stop, draws.states) for rng in rngs]
     noise = [rng.standard_normal((draws.states, *shape), dtype=np.float32) for rng in rngs]
     return copy_to_device(np.stack(timesteps), device), copy_to_device(np.stack(noise), device)
 
@@ -93,11 +93,11 @@ def denoising_loss(
     dtype = diffusion.unet.dtype
     noise_pred = diffusion.unet(
         noisy_latents.flatten(0, 1).to(dtype), timesteps.flatten(), condition.flatten(0, 1).to(dtype)
-    ).sample.float()  # ε_φ(z_t, t, c), (B · N, 4, h, w)
+    ).sample.float().unflatten(0, timesteps.shape)  # ε_φ(z_t, t, c), (B, N, 4, h, w)
     target = noise
     if diffusion.prediction_type == "v_prediction":  # not in the paper; ‖v error‖² = ‖ε error‖² / ᾱ_t
         target = alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * latents
-    error = (noise_pred - target.flatten(0, 1)).square().mean((1, 2, 3))  # ℓ of each state, (B · N,)
+    error = (noise_pred - target).square().mean((2, 3, 4))  # ℓ of each state, (B, N); multiply weights (B, N) here
     return error.mean()  # Alg. 1, line 5: L
 
 
@@ -121,17 +121,19 @@ def algorithm_1(conditioner, diffusion: Diffusion, batches, draws: Draws, stage:
         run: records the loss, logs and saves (harness/run.py); training resumes at `run.first_step`.
     """
     optimizer = stage.optimizer
-    parameters = optimizer.param_groups[0]["params"]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for step in range(max(run.first_step, stage.step_range.start), stage.step_range.stop):
-        lr = optimizer.param_groups[0]["lr"] = learning_rate(step, stage)  # η
+        lr = learning_rate(step, stage)  # η
+        for group in optimizer.param_groups:
+            group["lr"] = lr
         for i in range(stage.accumulation):
-            conditioner.require_backward_grad_sync = i == stage.accumulation - 1  # DDP averages once per step
+            conditioner.require_backward_grad_sync = i == stage.accumulation - 1  # as DDP.no_sync: averages once a step
             batch = next(batches)
             images = batch["images"]  # Alg. 1, line 1: x, (B, 3, S, S) in [0, 1]
-            rngs = image_rngs(draws.seed, batch["keys"])  # one per image
+            rngs = image_rngs(draws.seed, batch["keys"])  # one per image; they draw the patches, then t, then ε
             patch_indices = draw_patch_indices(draws.recap, draws.states, rngs, images.device)  # (B, N, K)
             condition, cls = conditioner(images, diffusion.text_embedding, patch_indices)  # Alg. 1, lines 2, 3: V, c
-            latents = diffusion.encode(images)  # z, (B, 4, S/8, S/8), without a gradient
+            latents = diffusion.encode(images)  # z, (B, 4, S/8, S/8); φ is frozen, so without a gradient
             timesteps, noise = draw_states(draws, latents.shape[1:], rngs, images.device)  # Alg. 1, line 4: t, ε
             loss = denoising_loss(diffusion, latents, condition, timesteps, noise)  # Alg. 1, lines 4, 5: z_t, ℓ, L
             objective = loss + stage.penalty(cls, images) if stage.penalty else loss  # not in the paper
