@@ -60,14 +60,14 @@ class Ldifs:
 
 
 def fit_projection(args, clip: Clip, conditioner: VisualCondition, dataset: TrainingImages) -> None:
-    """Fits the linear layer to texts, in closed form, instead of starting it at random. It needs no captions.
+    """Fits the linear layer to texts, in closed form, instead of initializing it at random. It needs no captions.
 
     CLIP and φ embed the same phrases, random words of φ's vocabulary. A ridge regression maps CLIP's embedding of a
-    phrase to φ's embedding of its end token, where φ keeps the sentence ("Padding Tone", NAACL 2025). Class tokens of
-    images and embeddings of texts lie apart (the modality gap), so the layer also shifts and scales class tokens to the
-    phrases' mean and variance. "The CLIP Model is Secretly an Image-to-Prompt Converter" (NeurIPS 2023) has such a
-    layer in closed form, too: CLIP and φ share a text tower there, and the layer inverts its text projection. This fit
-    needs no common tower.
+    phrase to φ's embedding of its end token, which carries the sentence for φ ("Padding Tone", NAACL 2025). Class
+    tokens of images and embeddings of texts lie apart (the modality gap), so the layer also shifts and scales class
+    tokens to the phrases' mean and variance. "The CLIP Model is Secretly an Image-to-Prompt Converter" (NeurIPS 2023)
+    also derives such a layer in closed form: it inverts the text projection of a text tower that CLIP and φ share. This
+    fit needs no shared tower.
 
     Raises:
         UserError: CLIP has no tokenizer, or there are fewer than two images, or one is unreadable.
@@ -82,7 +82,7 @@ def fit_projection(args, clip: Clip, conditioner: VisualCondition, dataset: Trai
 
 @torch.no_grad()
 def fit_linear(projection: nn.Linear, clip_texts: torch.Tensor, phi_texts: torch.Tensor, cls: torch.Tensor) -> None:
-    """The ridge regression, written into `projection` D → W.
+    """Solves the ridge regression, and writes it into `projection`, D → W.
 
     Args:
         clip_texts: (n, D), CLIP's embeddings of phrases.
@@ -103,7 +103,7 @@ def embed_phrases(clip: Clip, name: str, text: str, device, count: int = 2000) -
     """`count` random phrases, embedded by CLIP and by the diffusion model `name`.
 
     Returns CLIP's embeddings (count, D), and φ's embeddings of the end token minus that of `text` (count, W). `--join
-    mean` adds the mean over positions of the text's embedding; to subtract that mean made CLIP learn less.
+    mean` adds the text embedding's mean over positions, but subtracting that mean here made CLIP learn less.
     """
     with quiet():
         tokenizer = AutoTokenizer.from_pretrained(find_diffusion(name) / "tokenizer", trust_remote_code=False)

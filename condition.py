@@ -18,8 +18,8 @@ from harness.processes import copy_to_device
 class Recap:
     """Visual dense recap (section 3.3): which of a CLIP's P local tokens are kept beside the class token.
 
-    The paper: with all of them, reconstruction is too easy to teach anything; with none, it is too hard. (For MetaCLIP
-    and for DFN at 224 it takes all.)
+    According to the paper, reconstruction is too easy to teach anything with all of them, and too hard with none. (It
+    still keeps all of them for MetaCLIP, and for DFN at 224.)
     """
 
     kind: str  # "random", "pool", "all" or "none"
@@ -54,10 +54,10 @@ def parse_recap(spec: str, num_patches: int) -> Recap:
 def visual_tokens(visual: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """CLIP's visual tokens V (Alg. 1, line 2): the class token and the local patch tokens.
 
-    Both are taken after the tower's final LayerNorm and pass through its last linear layer, which leads into the joint
-    space. In a tower that pools by attention or averages (SigLIP, PE-Core, CLIPA), the pooled vector takes the place of
-    the class token. With attention, the local tokens lie outside the joint space. The class token equals
-    `clip.encode_image(images)` bit for bit in fp32.
+    Both are taken after the tower's final LayerNorm and its projection into the joint space. In a tower that pools by
+    attention or averages (SigLIP, PE-Core, CLIPA), the pooled vector replaces the class token. With attention pooling,
+    the local tokens lie outside the joint space. The class token equals `clip.encode_image(images)` bit for bit
+    in fp32.
 
     Args:
         visual: the vision tower of an open_clip CLIP, its own ViT or one of timm's.
@@ -66,13 +66,13 @@ def visual_tokens(visual: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor
     Returns:
         The class token (B, D) and the P local tokens (B, P, D).
     """
-    # indices=1: the last layer alone
+    # indices=1: the last layer only
     features = visual.forward_intermediates(images, indices=1, normalize_intermediates=True, output_fmt="NLC")
     local = features["image_intermediates"][-1]  # (B, P, width)
     if hasattr(visual, "trunk"):  # timm's; these three are identities in SigLIP
         local = visual.head(visual.trunk.head(visual.trunk.fc_norm(local)))
     elif visual.proj is not None:
-        local = local @ visual.proj  # apart from the class token, which keeps the bits of encode_image
+        local = local @ visual.proj  # without the class token, which stays identical to encode_image
     return features["image_features"], local
 
 
@@ -92,7 +92,7 @@ def draw_patch_indices(
 def dense_recap(
     cls: torch.Tensor, local: torch.Tensor, recap: Recap, patch_indices: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Visual dense recap (section 3.3; Alg. 1, line 3): the class token and a part of the local tokens.
+    """Visual dense recap (section 3.3; Alg. 1, line 3): the class token and some of the local tokens.
 
     Args:
         cls: (B, D).

@@ -1,8 +1,8 @@
 """Training images, by step and position in the batch: Algorithm 1, line 1.
 
 The source is a folder of images, shards in webdataset's format (uncompressed tar files, as img2dataset writes them), or
-`synthetic` noise; see harness/sources.py. Images are read in any order, so each epoch is a full shuffle, and a run
-resumes at the next image.
+`synthetic` noise; see harness/sources.py. Images can be read in any order, so each epoch is a full shuffle, and a
+run resumes at the next image.
 
 All random draws for an image depend only on the run's seed, the step and the image's position in the global batch, not
 on the number of processes, the micro-batch size, the reader threads or the device.
@@ -99,7 +99,7 @@ def decode_crop(content: bytes, size: int, rng: np.random.Generator) -> torch.Te
 def random_crop_box(width: int, height: int, rng: np.random.Generator) -> tuple[float, float, float, float]:
     """A crop of 0.9–1.0 of the area with an aspect ratio of 3/4–4/3: (left, top, right, bottom) in [0, 1].
 
-    As torchvision's RandomResizedCrop: ten tries; if no box fits, the largest centered one with an allowed ratio.
+    Like torchvision's RandomResizedCrop: ten tries; if no box fits, the largest centered one with an allowed ratio.
     """
     for area, log_ratio in zip(rng.uniform(SMALLEST_CROP, 1.0, 10), rng.uniform(np.log(3 / 4), np.log(4 / 3), 10)):
         w = np.sqrt(area * width * height * np.exp(log_ratio)) / width
@@ -140,11 +140,11 @@ def micro_batch_keys(
 def read_batches(
     dataset: TrainingImages, keys: Iterator, workers: int, device: torch.device, waiting: Callable = lambda: None
 ) -> Iterator[dict]:
-    """The micro-batches of `keys`, on `device`; `workers` of them are read ahead, by one thread each.
+    """The micro-batches of `keys`, on `device`; `workers` of them are prefetched, by one thread each.
 
-    Pillow releases Python's lock, so threads are enough. Unlike processes they end with the run, however it ends, and
-    need no shared memory. `waiting` is called every half second while a batch is late; it may raise, so a disk that
-    never answers does not block signals.
+    Pillow releases the GIL, so threads are enough. Unlike processes, they always end with the run, and they need no
+    shared memory. `waiting` is called every half second while a batch is late; it may raise, so a hung disk
+    does not block signals.
     """
 
     def read(batch: list, into: Future) -> None:
@@ -161,7 +161,7 @@ def read_batches(
     ahead = []
     for batch in keys:
         ahead.append(Future())
-        threading.Thread(target=read, args=(batch, ahead[-1]), daemon=True).start()  # daemon: exits do not wait for it
+        threading.Thread(target=read, args=(batch, ahead[-1]), daemon=True).start()  # daemon: does not delay exit
         if len(ahead) > workers:
             yield oldest()
     while ahead:

@@ -12,8 +12,8 @@ An image is embedded in two ways:
     cls         the class token, as `encode_image` returns it: the benchmark's own
     cls+local   the unit class token plus the mean of the unit local tokens, normalized
 
-`--released` adds the embedding by which DIVA's "after" was scored, which differs per CLIP (`embed_released`). The
-"before" in the paper's Table 1 is `cls`, so its gain mixes the effect of training with that of the embedding.
+`--released` adds the embedding that DIVA's released evaluation uses for each CLIP (`embed_released`). In the paper's
+Table 1, "after" uses it but "before" uses `cls`, so the gains mix training with a change of embedding.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from harness.scores import average, draws_in_words, interval, paired_change, sco
 from model import Clip, load_clip
 
 EMBEDDINGS = ("cls", "cls+local")
-DRAWS = 100  # of a random reading
+DRAWS = 100  # of patches, for a random `reading`
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -54,9 +54,9 @@ DRAWS = 100  # of a random reading
 def pairs_right(cosines: np.ndarray) -> np.ndarray:
     """The benchmark's rule: (..., 2 statements, 2 images) cosines → which pairs count, (...) bool.
 
-    For each statement, the softmax over the two images of 100 · cosine chooses the first image if it gives it more than
-    0.5. A pair counts if the first statement chooses the first image, and the second statement does not. So a tie goes
-    to the second image.
+    Each statement chooses the first image if a softmax of 100 · cosine over the two images gives that image more than
+    0.5. A pair counts if the first statement chooses the first image and the second does not. So a tie goes to the
+    second image.
     """
     logits = np.float32(100) * cosines.astype(np.float32)
     exp = np.exp(logits - logits.max(-1, keepdims=True))
@@ -67,8 +67,8 @@ def pairs_right(cosines: np.ndarray) -> np.ndarray:
 def embed_images(cls: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
     """Class tokens (B, D) and local tokens (B, P, D) → the embeddings `cls` and `cls+local`, (2, B, D), unit length.
 
-    Why the sum is normalized: its length differs between images, and the longer embedding would win both statements.
-    On the miniature, normalizing changes about 170 of 900 pairs: 72 of them are right with it, 98 without.
+    The sum is normalized because its length differs between images: the longer embedding would win both statements. On
+    the miniature, normalizing changes about 170 of 900 pairs: 72 of them are right only with it, 98 only without it.
     """
     cls = normalize(cls, dim=-1)
     return torch.stack([cls, normalize(cls + normalize(local, dim=-1).mean(1), dim=-1)])
@@ -110,7 +110,7 @@ def similarities(
 ) -> np.ndarray:
     """Cosines of statements and images within each pair, in fp32: (embeddings, pairs, 2 statements, 2 images).
 
-    `released` is a reading of `embed_released`, whose draws follow the two embeddings.
+    `released` is a `reading` of `embed_released`; its draws follow the two embeddings.
 
     Raises:
         UserError: as `encode_pairs`, or the embeddings are not finite.
@@ -131,7 +131,7 @@ def similarities(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The released reading
+# The released embedding
 
 
 def embed_released(
@@ -139,9 +139,10 @@ def embed_released(
 ) -> torch.Tensor:
     """The embedding of DIVA's released evaluation, for each of a pair's two statements: (draws or 1, 2, B, D).
 
-    `reading` is a recipe's: "cls" (DFN at 224, SigLIP) and "cls+local" (MetaCLIP) as above; "sum" is cls+local without
-    the last normalization (DFN at 378); "random:76" is the class token plus the mean of 76 local tokens, neither
-    normalized before the sum, drawn with replacement for each image and statement (OpenAI). Its score is random.
+    `reading` is a recipe's `released`: "cls" (DFN at 224, SigLIP) and "cls+local" (MetaCLIP) are as above; "sum" (DFN
+    at 378) is cls+local without the last normalization; "random:76" (OpenAI) is the class token plus the mean of 76
+    local tokens, neither normalized before the sum. These are drawn with replacement for each image and statement, so
+    the score is random.
     """
     if reading == "sum":
         both = normalize(cls, dim=-1) + normalize(local, dim=-1).mean(1)
@@ -171,9 +172,9 @@ def compare(
 
     Args:
         names: the CLIPs; a recipe's CLIP is shown beside the paper's figures.
-        cosines: of each CLIP, from `similarities`.
+        cosines: for each CLIP, from `similarities`.
         folder: where scores.json and pairs.csv are written, if anywhere.
-        readings: of each CLIP, the released reading whose draws are in its cosines, after the two embeddings.
+        readings: for each CLIP, the `reading` of `embed_released` whose draws follow the two embeddings in its cosines.
     """
     types, recipes = [pair.type for pair in pairs], [recipe_of(name) for name in names]
     outcomes = [pairs_right(clip_cosines) for clip_cosines in cosines]  # each (2 embeddings and all draws, pairs) bool

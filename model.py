@@ -37,7 +37,7 @@ from harness.weights import replace_weights
 
 @dataclass
 class Clip:
-    """A CLIP of open_clip and what belongs to it.
+    """An open_clip CLIP with its name, configuration and tokenizer.
 
     `source` is its name in open_clip (an architecture, `hf-hub:…` or `local-dir:…`), `config` its `model_cfg`,
     `num_patches` the number P of its local tokens.
@@ -47,7 +47,7 @@ class Clip:
     source: str
     config: dict
     num_patches: int
-    tokenizer_error: str = ""  # why the tokenizer could not be loaded; kept, since a failed lookup on the hub is slow
+    tokenizer_error: str = ""  # why the tokenizer could not be loaded; cached, as failed hub lookups are slow
 
     @property
     def image_size(self) -> int:
@@ -62,7 +62,7 @@ class Clip:
 
     @functools.cached_property
     def mean_std(self) -> torch.Tensor:
-        """Its pixels' mean and standard deviation, (2, 3, 1, 1); cached, since copying them would make a GPU wait."""
+        """Its pixel mean and standard deviation, (2, 3, 1, 1); cached, because each copy would stall a GPU."""
         cfg = self.model.visual.preprocess_cfg
         return torch.tensor([cfg["mean"], cfg["std"]], device=self.model.logit_scale.device)[..., None, None]
 
@@ -88,7 +88,7 @@ class Clip:
         return self.preprocess_image(read_image(path))
 
     def tokenizer(self):
-        """Its tokenizer. May ask the hub (SigLIP): do not call it before you need it.
+        """Its tokenizer. May contact the hub (SigLIP): call it only when you need it.
 
         Raises:
             UserError: it cannot be loaded; `tokenizer_error` then says why.
@@ -103,9 +103,9 @@ class Clip:
     def save(self, folder: Path) -> None:
         """Writes the whole CLIP to `folder`, which open_clip loads as `local-dir:…`: config, tokenizer, weights.
 
-        The weights are replaced atomically. The keys must be open_clip's own: merge here what you added to the tower.
-        A tokenizer that cannot be loaded is omitted; `tokenizer_error` then says why. UserError: the folder cannot be
-        written.
+        The weights are replaced atomically. The keys must be open_clip's own: if you added modules to the tower,
+        merge them here. A tokenizer that cannot be loaded is omitted; `tokenizer_error` then says why. UserError: the
+        folder cannot be written.
         """
         weights = {key: value.contiguous() for key, value in self.model.state_dict().items()}
         with atomic_path(folder / "open_clip_model.safetensors") as temporary:
@@ -122,8 +122,8 @@ def load_clip(name: str, random_weights: bool = False, device: str = "cpu") -> C
     CLIP@WEIGHTS is that CLIP with its weights loaded from WEIGHTS (harness/weights.py). ARCH@WEIGHTS needs a whole CLIP
     in the file, and uses open_clip's default preprocessing.
 
-    `random_weights` keeps the architecture and preprocessing and draws the weights from a seed; a built-in architecture
-    needs no download. `device="meta"` allocates no weights.
+    `random_weights` keeps the architecture and preprocessing but initializes the weights from a seed; a built-in
+    architecture needs no download. `device="meta"` allocates no weights.
 
     Raises:
         UserError: it cannot be loaded, or its vision tower has no sequence of local tokens.
@@ -147,10 +147,10 @@ def load_clip(name: str, random_weights: bool = False, device: str = "cpu") -> C
 
 
 def count_patches(visual: torch.nn.Module, name: str) -> int:
-    """P, the number of local tokens of a vision tower of open_clip, from their shapes alone: nothing is computed.
+    """P, the number of local tokens of an open_clip vision tower, from shapes alone, without computing anything.
 
     Raises:
-        UserError: its tokens are not (B, D) and (B, P, D), as for convolutional towers and CoCa.
+        UserError: its tokens are not (B, D) and (B, P, D), as in convolutional towers and CoCa.
     """
     device = next(visual.parameters()).device
     try:
@@ -204,8 +204,8 @@ class Diffusion:
 def load_diffusion(name: str, text: str, dtype: torch.dtype, device, random_weights: bool = False) -> Diffusion:
     """Loads a Stable Diffusion 1.x or 2.x in diffusers' layout (hub name or folder), frozen, in eval mode, in `dtype`.
 
-    With `random_weights` nothing is downloaded: if `name` is a folder, its architecture, else that of 2.1-base, with
-    seeded weights and a random text embedding.
+    `random_weights` downloads nothing: it uses the architecture of the folder `name`, or of 2.1-base if `name` is not a
+    folder, with seeded weights and a random text embedding.
 
     Raises:
         UserError: it cannot be loaded, or is of another kind.

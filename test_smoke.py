@@ -1,4 +1,4 @@
-"""Tests of the method: each compares numbers with something independent. They need no GPU and no network.
+"""Tests of the method, each against an independent computation. They need no GPU and no network.
 
 The models are the miniature's and a small SigLIP with random weights, built at the end of this file; both are loaded by
 the same code as real ones. harness/test_run.py tests fault tolerance, harness/test_input.py the error messages.
@@ -57,7 +57,7 @@ def test_tokens_are_clips_own(clips, name):
 
 
 def local_tokens(visual: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """The local tokens by another way through the libraries."""
+    """The local tokens, computed by other library calls."""
     if hasattr(visual, "trunk"):
         return visual.trunk.forward_features(images)[:, visual.trunk.num_prefix_tokens :]
     visual.output_tokens = True
@@ -67,7 +67,7 @@ def local_tokens(visual: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 
 class NoInit(torch.overrides.TorchFunctionMode):
-    """Skips what writes into a tensor: new weights cost no time before they go to the meta device."""
+    """Skips in-place writes: initializing a model costs no time before it moves to the meta device."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function.__name__.endswith("_") and not function.__name__.startswith("_"):  # normal_, fill_, clamp_, …
@@ -94,7 +94,7 @@ def test_every_recipe_has_the_papers_tokens():
         assert parse_recap(recipe.recap, patches).count + 1 == tokens
         assert (recipe.join == "positions") == (tokens == 77)
         assert not beyond_the_paper(vars(recipe))
-        assert np.mean(BASELINES[name]) == pytest.approx(recipe.published[0], abs=0.06)  # of the nine types
+        assert np.mean(BASELINES[name]) == pytest.approx(recipe.published[0], abs=0.06)  # mean of the nine types
 
 
 def test_recap_is_uniform_and_without_replacement():
@@ -257,9 +257,9 @@ def test_crops_have_the_papers_area_and_ratio(monkeypatch):
         assert boxes.min() >= 0 and boxes.max() <= 1 + 1e-9
         ratio = w * width / (h * height)
         assert ratio.min() > 3 / 4 - 1e-9 and ratio.max() < 4 / 3 + 1e-9
-        if width != 1000:  # that one is too wide for the area, so it gets its largest centered crop
+        if width != 1000:  # 1000 × 200 is too wide, so it gets its largest centered crop
             assert (w * h).min() > 0.9 - 1e-9
-    # Decoded at a fraction of its size and resized once, against a crop and a resize of the whole image
+    # A crop decoded at a fraction of its size and resized once, against cropping and resizing the whole image
     image = picture(1600).crop((0, 0, 1600, 1200))
     monkeypatch.setattr(data, "random_crop_box", lambda width, height, rng: (0.05, 0.02, 0.97, 0.99))
     crop = data.decode_crop(jpeg(image, quality=95), 128, rng).permute(1, 2, 0).numpy()
@@ -381,7 +381,7 @@ def test_steps_are_clipped_sgd_with_momentum_and_nothing_else_moves(tmp_path, mo
 
 @pytest.mark.parametrize("more", ["", "--optimizer adamw --projection-steps 2"])
 def test_a_stopped_run_resumes_bit_for_bit(tmp_path, monkeypatch, more):
-    """Stopped during the fourth step, which is finished; with two stages also during the last step of the first."""
+    """Stopped during the fourth step, which it completes; with two stages, also during the first stage's last step."""
     flags = f"--steps 5 --save-every 2 --micro-batch 2 {more}"
     whole, begun = run(tmp_path / "whole", flags), 0
     for end in (2, 4) if more else (4,):
@@ -602,7 +602,7 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 
 def assert_near(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], share: float) -> None:
-    """No tensor differs by more than a share of its norm."""
+    """No tensor differs by more than `share` of its norm."""
     for k, v in one.items():
         assert (other[k] - v).norm() <= share * v.norm(), k
 
@@ -614,7 +614,7 @@ def assert_saved(out: Path) -> None:
 
 
 def at_loss(monkeypatch, number: int, act) -> list:
-    """Calls `act` before the loss `number` (from 1) of a run. Returns a list that grows with each loss."""
+    """Calls `act` before the `number`-th loss of a run is computed. Returns a list that grows with each loss."""
     loss, losses = train.denoising_loss, []
 
     def counted(*args) -> torch.Tensor:

@@ -43,9 +43,9 @@ class Draws:
 
 @dataclass
 class Stage:
-    """One call of `algorithm_1`: a range of steps, and how they train. The paper has one stage, GenHancer and DCR two.
+    """One call of `algorithm_1`: a range of steps and their settings. The paper has one stage, GenHancer and DCR two.
 
-    A setting of your own that the loop needs is a field of `Stage` or `Draws`.
+    If you add a setting that the loop needs, make it a field of `Stage` or `Draws`.
     """
 
     optimizer: torch.optim.Optimizer  # holds the parameters that are trained in this stage
@@ -75,7 +75,7 @@ def denoising_loss(
 ) -> torch.Tensor:
     """Algorithm 1, lines 4 and 5 (Eq. 3): the mean squared error of φ's noise prediction under the condition c.
 
-    For the U-Net, B images with N states each are a batch of B · N.
+    The U-Net sees B images with N states each as one batch of B · N.
 
     Args:
         latents: z, (B, 4, h, w) fp32.
@@ -111,13 +111,13 @@ def learning_rate(step: int, stage: Stage) -> float:
 
 
 def algorithm_1(conditioner, diffusion: Diffusion, batches, draws: Draws, stage: Stage, run) -> None:
-    """The method: each step changes θ and the linear layer so that the denoising loss of the frozen φ falls.
+    """The method: each step updates θ and the linear layer to lower the denoising loss of the frozen φ.
 
     Gradients are clipped as in the released code; the paper does not mention clipping.
 
     Args:
-        conditioner: a `VisualCondition`, wrapped in DDP: all that can be trained.
-        batches: the micro-batches of `read_batches`.
+        conditioner: a `VisualCondition` in DDP; it holds everything that can be trained.
+        batches: micro-batches, from `read_batches`.
         run: records the loss, logs and saves (harness/run.py); training resumes at `run.first_step`.
     """
     optimizer = stage.optimizer
@@ -147,7 +147,7 @@ def algorithm_1(conditioner, diffusion: Diffusion, batches, draws: Draws, stage:
 
 
 def build(args, device: torch.device) -> tuple[Clip, Diffusion, VisualCondition]:
-    """Loads θ and φ, and makes the module that carries θ's tokens to φ. The commands of extras/ call it, too.
+    """Loads θ and φ, and builds the module that turns θ's tokens into φ's condition. extras/ calls it too.
 
     Raises:
         UserError: a model cannot be loaded, or the settings do not fit it.
@@ -172,7 +172,7 @@ def build(args, device: torch.device) -> tuple[Clip, Diffusion, VisualCondition]
 
 
 def build_optimizer(args, conditioner: VisualCondition, parameters: list) -> torch.optim.Optimizer:
-    """An optimizer of `parameters`; freezes the conditioner's other parameters. The loop sets its learning rate."""
+    """Builds an optimizer of `parameters` and freezes the conditioner's others. The loop sets the learning rate."""
     conditioner.requires_grad_(False)
     for parameter in parameters:
         parameter.requires_grad_(True)
@@ -183,7 +183,7 @@ def build_optimizer(args, conditioner: VisualCondition, parameters: list) -> tor
 
 def train(args, device: torch.device) -> None:
     """One run: loads the models and the images, trains, saves OUT/clip, and scores it if --mmvp is given."""
-    args.precision = args.precision or default_precision(device)  # the device is known only here
+    args.precision = args.precision or default_precision(device)  # parse_args does not know the device
     with rank_zero_first() as is_rank_zero:  # rank 0 indexes the shards; the others read that index
         files = open_images(args.data, progress=is_rank_zero)
         pairs = read_mmvp(args.mmvp) if args.mmvp else []

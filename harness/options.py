@@ -1,4 +1,4 @@
-"""train.py's command line: a recipe, and what overrides its settings. Checked before anything is loaded."""
+"""train.py's command line: a recipe and its overrides, checked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The settings of a run, from `argv` or the command line: a value for each option of `Recipe`, and the recipe.
 
     Raises:
-        UserError: a mistake that the arguments alone show.
+        UserError: a mistake that shows in the arguments alone.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.error = usage_error
@@ -95,8 +95,8 @@ def count_processes() -> int:
 
 
 def check_args(args: argparse.Namespace, processes: int) -> None:
-    """UserError for a mistake that the arguments alone show."""
-    if not args.text.isprintable():  # as are bytes that are not UTF-8
+    """UserError for a mistake that shows in the arguments alone."""
+    if not args.text.isprintable():  # bytes that are not UTF-8 are not printable either
         raise UserError(f"--text {args.text!r}: must be one line of UTF-8 text")
     if args.data is None:
         raise UserError("--data is required: a folder of images, shards ('cc3m/*.tar'), or `synthetic`")

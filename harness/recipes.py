@@ -1,6 +1,6 @@
-"""The recipes: the settings of a run, and what the paper sets for each CLIP (arXiv 2407.20171, sections 3.3 and 4.1).
+"""The recipes: the settings of a run, and the paper's for each CLIP (arXiv 2407.20171, sections 3.3 and 4.1).
 
-A field of `Recipe` is an option of train.py. No torch here, so that --help and mistakes are answered at once.
+Each field of `Recipe` is an option of train.py. No torch here, so that --help and mistakes are answered at once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ RUN, METHOD, BEYOND, TRAINING, MACHINE = GROUPS
 
 
 def option(default, group: str, help: str, bounds: tuple | None = None, may_change: bool = False, **arguments):
-    """A field of `Recipe`, with all that train.py needs to make an option of it.
+    """A field of `Recipe`, with everything that train.py needs to turn it into an option.
 
     Args:
         default: the paper's value; MISSING if every recipe sets its own.
@@ -39,7 +39,7 @@ def option(default, group: str, help: str, bounds: tuple | None = None, may_chan
 
 
 def number(low: int | float, high: int | float, text: str) -> int | float:
-    """Parses the value of an option with the bounds `low` and `high`; their type is the value's."""
+    """Parses an option's value, which must be between `low` and `high` and has their type."""
     try:
         value = type(low)(text)
     except ValueError:
@@ -104,7 +104,7 @@ class Recipe:
         "random", BEYOND, "initialize the linear layer at random, or fit it to texts", choices=("random", "fitted")
     )
     projection_steps: int = option(0, BEYOND, "train only the linear layer for the first N steps", (0, 10**9))
-    projection_lr: float = option(1e-3, BEYOND, "maximum learning rate of these steps", (0.0, 1e6))
+    projection_lr: float = option(1e-3, BEYOND, "maximum learning rate of the --projection-steps", (0.0, 1e6))
     freeze_projection: bool = option(
         False, BEYOND, "freeze the linear layer after --projection-steps", action=argparse.BooleanOptionalAction
     )
@@ -125,8 +125,8 @@ class Recipe:
     workers: int | None = option(
         None, MACHINE, "batches to prefetch, a thread each; default: one per core, up to 8", (0, 1000), may_change=True
     )
-    # All processes wait while 2.4 GB (ViT-L) or 5 GB (ViT-H) are saved: every 500 steps, at most 1% of a run on eight
-    # GPUs. A signal saves as well, so only a crash loses steps.
+    # All processes wait while 2.4 GB (ViT-L) or 5 GB (ViT-H) are saved: every 500 steps, this is at most 1% of a run on
+    # eight GPUs. A signal also triggers a save, so only a crash loses steps.
     save_every: int = option(500, MACHINE, "steps between checkpoints", (1, 10**9), may_change=True)
     keep_every: int = option(
         0, MACHINE, "steps between CLIPs kept as OUT/clip-000100 …; 0: keep only the last", (0, 10**9), may_change=True
@@ -183,9 +183,9 @@ BASELINES = {  # MMVP-VLM before training, in percent, as published, in the orde
 
 
 def beyond_the_paper(settings: dict) -> list[str]:
-    """The options in which a run departs from the paper, as typed; empty for the paper's recipes.
+    """The options by which a run departs from the paper, as typed; empty for the paper's recipes.
 
-    It reads `settings` alone: edited code goes unnoticed.
+    It reads only `settings`, so it does not notice edited code.
     """
     typed = []
     for f in OPTIONS:
@@ -201,11 +201,11 @@ def recipe_of(clip: str) -> str | None:
 
 
 def locate_clip(name: str, random_weights: bool = False) -> tuple[str, str | None]:
-    """The name and the tag that open_clip knows a CLIP by.
+    """A CLIP's name and tag in open_clip.
 
     Args:
-        name: a recipe, ARCH:TAG, hf-hub:OWNER/NAME or a folder, optionally followed by @WEIGHTS. ARCH alone, without a
-            tag, suffices with @WEIGHTS or `random_weights`.
+        name: a recipe, ARCH:TAG, hf-hub:OWNER/NAME or a folder, optionally followed by @WEIGHTS. ARCH needs no
+            tag with @WEIGHTS or `random_weights`.
 
     Raises:
         UserError: `name` is none of these, or its WEIGHTS do not exist.

@@ -221,7 +221,7 @@ def code_hashes() -> dict[str, str]:
 
 
 def plan(args: argparse.Namespace, first_step: int, clip, diffusion, conditioner, dataset) -> str:
-    """What a run is about to do, in a few lines."""
+    """What a run will do, in a few lines."""
     tower = sum(p.numel() for p in conditioner.visual.parameters()) / 1e6
     linear = sum(p.numel() for p in conditioner.projection.parameters()) / 1e6
     processes, tokens = dist.get_world_size(), 1 + conditioner.recap.count
@@ -229,15 +229,15 @@ def plan(args: argparse.Namespace, first_step: int, clip, diffusion, conditioner
     beyond = beyond_the_paper(vars(args))
     lines = {
         "recipe": f"{args.recipe}, seed {args.seed}" + (", random weights" if args.random_weights else ""),
-        "CLIP θ": f"{args.clip}, {clip.image_size}²; vision tower of {tower:.4g} M parameters",
+        "CLIP θ": f"{args.clip}, {clip.image_size}²; vision tower with {tower:.4g} M parameters",
         "diffusion φ": f"{args.diffusion}, frozen, {args.precision} on {diffusion.text_embedding.device.type}",
-        "condition": f"{tokens} token{'s' if tokens > 1 else ''}, recap {args.recap}, text {args.text!r} by "
-        f"{args.join}, a linear layer of {linear:.3g} M parameters",
+        "condition": f"{tokens} token{'s' if tokens > 1 else ''}, recap {args.recap}, text {args.text!r} added by "
+        f"{args.join}, linear layer with {linear:.3g} M parameters",
         "images": f"{len(dataset):,} at {dataset.size}², {args.states} noisy states each",
         "steps": f"{first_step:,} to {args.steps:,}, {args.optimizer}, lr {args.lr:g}, batch {args.batch_size} = "
         f"{processes} process{'es' if processes > 1 else ''} × micro-batch {args.micro_batch} × {accumulated} "
         f"accumulated",
-        "beyond DIVA": f"by its options: {' '.join(beyond) or 'nothing'}",
+        "beyond DIVA": " ".join(beyond) or "no options",
         "scores": f"before and after training, on {args.mmvp}" if args.mmvp else "none (no --mmvp)",
         "writes": args.out,
     }

@@ -31,9 +31,9 @@ def average(values: np.ndarray, types: list[str]) -> float:
 
 
 def bootstrap_means(outcomes: np.ndarray, rng: np.random.Generator, draws: int = 10_000) -> np.ndarray:
-    """Means of `outcomes` (n, ...) over n of them drawn with replacement, `draws` times: (draws, ...).
+    """Bootstrap means of `outcomes` (n, ...), each of n outcomes drawn with replacement: (draws, ...).
 
-    Draws how often each distinct outcome occurs, so memory grows with their number and not with n.
+    Draws a count for each distinct outcome, so memory grows with the number of distinct outcomes, not with n.
     """
     distinct, counts = np.unique(outcomes, axis=0, return_counts=True)
     times = rng.multinomial(len(outcomes), counts / len(outcomes), draws)  # (draws, distinct)
@@ -41,7 +41,7 @@ def bootstrap_means(outcomes: np.ndarray, rng: np.random.Generator, draws: int =
 
 
 def percentile_interval(samples: np.ndarray) -> tuple[float, float]:
-    """The middle 95% of bootstrap samples (draws,): their 2.5th and 97.5th percentile."""
+    """The middle 95% of bootstrap samples (draws,): the 2.5th and 97.5th percentiles."""
     low, high = np.percentile(samples, [2.5, 97.5]).round(6) + 0.0  # no -0.0
     return float(low), float(high)
 
@@ -87,7 +87,7 @@ def paired_change(before: Rights, after: Rights, types: list[str]) -> list[dict]
 def table(clips: list[Rights], recipes: list[str | None], types: list[str]) -> str:
     """The scores as text: a row for each type, a column for each CLIP and embedding.
 
-    `recipes` holds each CLIP's recipe, or None. The paper's scores for a recipe get a column of their own.
+    `recipes` holds each CLIP's recipe, or None. The paper's scores for a recipe get another column.
     """
     columns = [["% right (chance: 25)", *type_names(types), "average", "95% interval"]]
     for k, (rights, recipe) in enumerate(zip(clips, recipes), start=1):
@@ -111,7 +111,7 @@ def table(clips: list[Rights], recipes: list[str | None], types: list[str]) -> s
 
 
 def draws_in_words(averages: list[float]) -> str:
-    """The average of a reading, and its spread if the reading draws patches at random."""
+    """The average of the released embedding, with its spread if it draws patches at random."""
     if len(averages) == 1:
         return f"{averages[0]:.1f}"
     mean, deviation = np.mean(averages), np.std(averages, ddof=1)
@@ -122,8 +122,8 @@ def draws_in_words(averages: list[float]) -> str:
 def verdict(change: dict, pairs: int) -> str:
     """An item of `paired_change`, measured on `pairs` pairs, as a sentence.
 
-    A gain or a loss needs p < 0.05 and an interval without zero. Otherwise the sentence gives the smallest visible
-    change: the result is inconclusive if the interval includes it, and no effect is seen if not.
+    A gain or a loss needs p < 0.05 and an interval that excludes zero. Otherwise the sentence states the smallest
+    visible change, and says "Inconclusive" if the interval reaches it, "No effect seen" if not.
     """
     visible = smallest_visible(change["won"] + change["lost"], pairs)
     would_show = f"; with {pairs} pairs, only a change of about {visible:.1f} points or more would show"
@@ -141,7 +141,7 @@ def verdict(change: dict, pairs: int) -> str:
 
 
 def smallest_visible(changed: int, pairs: int) -> float:
-    """The smallest change, in points, with p < 0.05 if `changed` of the pairs change."""
+    """The smallest change, in points, that has p < 0.05 if `changed` of the pairs change."""
     changed = max(changed, 6)  # five are too few: 5 won and 0 lost have p = 0.06
     lost = next(n for n in range(changed // 2, -1, -1) if mcnemar(changed - n, n) < 0.05)
     return 100 * (changed - 2 * lost) / pairs

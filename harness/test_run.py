@@ -78,10 +78,10 @@ def test_a_run_prints_its_plan_and_the_next_steps(tmp_path, capfd):
     assert list(lines)[:9] == expected
     tower = sum(v.numel() for k, v in weights(out).items() if k.startswith("visual"))
     assert float(re.search(r"([\d.e-]+) M ", lines["CLIP θ"])[1]) * 1e6 == pytest.approx(tower, rel=1e-3)
-    assert lines["condition"].startswith("20 tokens, recap random:30%, text '' by mean")
+    assert lines["condition"].startswith("20 tokens, recap random:30%, text '' added by mean")
     assert lines["images"].startswith("2,000 at 64², 2 noisy states each")
     assert "0 to 5, sgd, lr 0.01, batch 4 = 1 process × micro-batch 2 × 2 accumulated" in lines["steps"]
-    assert lines["beyond DIVA"] == "by its options: nothing" and lines["scores"] == "none (no --mmvp)"
+    assert lines["beyond DIVA"] == "no options" and lines["scores"] == "none (no --mmvp)"
     assert [line[13:] for line in said[10:]] == [
         f'open_clip.create_model_and_transforms("local-dir:{out}/clip")',
         f"python evaluate_mmvp.py miniature {out}/clip",
