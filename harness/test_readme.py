@@ -10,7 +10,8 @@ from harness.options import parse_args
 from harness.recipes import MINIATURE, OPTIONS, flag_of
 
 ROOT = Path(__file__).parents[1]
-READMES = [ROOT / "README.md", *(ROOT / folder / "README.md" for folder in ("harness", "extras", "miniature"))]
+READMES = [ROOT / "README.md", ROOT / "harness" / "RELEASED.md"]
+READMES += [ROOT / folder / "README.md" for folder in ("harness", "extras", "miniature")]
 COMMANDS = {  # each line once, without a shell's loop and comment
     line.strip().split("  #")[0].replace("\\\n", " ")
     for readme in READMES
