@@ -1,18 +1,18 @@
-"""What a training step costs: its time, part by part, its memory and its work, beside the released code's work.
+"""What a training step costs in time (part by part), memory and TFLOP, next to the released code's step.
 
     python extras/bench.py                                                 # the miniature
     python extras/bench.py --recipe openai-vit-l-14-224 --micro-batch 32   # takes all options of train.py
-    python extras/bench.py --recipe openai-vit-l-14-224 --as-released      # adds the released code's work
+    python extras/bench.py --recipe openai-vit-l-14-224 --as-released      # adds the released code's step, imitated
 
-The step is train.py's own loop, on one device and without DDP, with random weights and synthetic images: one
-micro-batch and one update, which a run with accumulation makes less often. Nothing is downloaded.
+It times train.py's own loop, on one device and without DDP, with random weights and synthetic images. A step is one
+micro-batch and one update; a run with accumulation updates less often. Nothing is downloaded.
 
-The parts: "draws" are t, ε and the patches, made on the CPU and copied; "U-Net forward" includes z_t, "backward" the
-loss and the penalty of --ldifs, "optimizer" the clipping of the gradient. The clock waits for the device after each
-part, so on a GPU the parts add up to more than the step. A compiled step has no parts.
-Memory: the maximum allocated on the GPU during a step; without a GPU, the maximum of the process.
+The parts: "draws" are t, ε and the patches, drawn on the CPU and copied; "U-Net forward" includes z_t, "backward" the
+loss and the penalty of --ldifs, "optimizer" the clipping of gradients. Each part ends with a device synchronization, so
+on a GPU the parts add up to more than the step. A compiled step is not split.
+Memory: the peak allocated on the GPU during a step; without a GPU, the peak of the process.
 Work: counted on torch's meta device, not measured; attention counts as two matrix products.
-The two steps take turns, and each pair gives one ratio, so a slower machine slows down both.
+The released step alternates with ours, and each pair yields a ratio, so a slowdown of the machine affects both.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def read_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.error = usage_error
     add = parser.add_argument
     add("--times", type=int, default=10, metavar="N", help="how often to measure each figure (default: 10)")
-    add("--as-released", action="store_true", help="also measure the released code's work, imitated")
+    add("--as-released", action="store_true", help="also measure an imitation of the released code's step")
     add("--cudnn-benchmark", action="store_true", help="let cuDNN time its algorithms and choose the fastest")
     add("--channels-last", action="store_true", help="convert the VAE and the U-Net to the channels_last layout")
     own, options = parser.parse_known_args(argv)
@@ -75,7 +75,7 @@ from model import Diffusion
 
 
 class NoRun:
-    """Takes the place of harness/run.py's `Run` in the loop: records, logs and saves nothing."""
+    """Replaces harness/run.py's `Run` in the loop; records, logs and saves nothing."""
 
     first_step = 0
 
@@ -87,7 +87,7 @@ class NoRun:
 class Step:
     """One step of train.py's loop that trains θ, on the same micro-batch of synthetic images each time.
 
-    `args` come from `read_args`, with a precision. On the device "meta" nothing is computed.
+    `args` come from `read_args`, with `precision` set. On the device "meta" nothing is computed.
     """
 
     def __init__(self, args: argparse.Namespace, device: torch.device):
@@ -113,11 +113,11 @@ class Step:
         return now(self.device) - start
 
     def parts(self) -> Counter:
-        """The seconds of each part of a step that is not compiled; waits for the device at the end of each part."""
+        """Takes one step, not compiled, and synchronizes after each part; returns the seconds of each."""
         seconds, last = Counter(), now(self.device)
 
         def timed(function: Callable, part: str) -> Callable:
-            """`function`, which adds the time since the last such function returned to `part`."""
+            """Wraps `function`: adds the time since the last timed call returned to `part`."""
 
             def call(*args):
                 nonlocal last
@@ -129,7 +129,7 @@ class Step:
             return call
 
         with ExitStack() as stack:
-            for owner, name, part in (  # what the loop calls, in its order
+            for owner, name, part in (  # in the order of the loop
                 (data, "to_device", "copy"),
                 (train, "image_rngs", "draws"),
                 (train, "draw_patch_indices", "draws"),
@@ -153,7 +153,7 @@ def now(device: torch.device) -> float:
 
 
 class ReleasedStep(Step):
-    """Imitates the work of the released code's step with the models of `step`; not its code, and not its numbers.
+    """Imitates the cost of the released code's step with the models of `step`, not its code or its numbers.
 
     The N states of an image go one by one through CLIP, φ's text encoder and the U-Net, each with its own backward
     pass; the VAE encodes an image once. φ is held in fp32, so autocast casts its weights at each use. Not imitated: the
@@ -191,7 +191,7 @@ class ReleasedStep(Step):
 
 
 def on_meta(args: argparse.Namespace) -> Step:
-    """The step of `args` with shapes alone; not compiled, as the counter does not see into compiled kernels."""
+    """The step of `args` on the meta device; not compiled, since the counter cannot see into compiled kernels."""
     meta = torch.device("meta")
     with meta:
         return Step(argparse.Namespace(**vars(args) | dict(compile=False)), meta)
@@ -208,11 +208,11 @@ def executed_work(step: Step) -> float:
 
 
 def measure(args: argparse.Namespace, device: torch.device) -> dict[str, list[float]]:
-    """The figures of a step, each with all its values."""
+    """All measurements of a step, by figure."""
     meta, step, figures = on_meta(args), Step(args, device), defaultdict(list)
     work, image = executed_work(meta), 1000 / args.micro_batch  # TFLOP per image; seconds → ms per image
     step()
-    if device.type == "cuda":  # the memory of a step, without that of loading
+    if device.type == "cuda":  # exclude the peak while loading
         torch.cuda.reset_peak_memory_stats()
     step()
     memory = peak_memory() / 2**30
@@ -229,8 +229,8 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, list[fl
         figures["TFLOP/s"].append(work * args.micro_batch / seconds)
         if args.as_released:
             released_seconds = released()
-            figures["the released step's work, ms per image"].append(released_seconds * image)
-            figures["… its time over the step's"].append(released_seconds / seconds)
+            figures["the released step, ms per image"].append(released_seconds * image)
+            figures["… relative to our step"].append(released_seconds / seconds)
     figures |= {"memory, GiB": [memory], "work, TFLOP per image": [work]}
     if args.as_released:
         figures["… of the released step"] = [executed_work(ReleasedStep(meta))]
@@ -238,7 +238,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, list[fl
 
 
 def number(value: float) -> str:
-    """The value with three digits."""
+    """The value with three significant digits."""
     return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
 
 

@@ -5,11 +5,11 @@
 
 AutoModel loads a CLIPModel for a ViT with a class token, and a SiglipModel for a SigLIP; AutoImageProcessor and
 AutoTokenizer load the rest. Other towers (EVA, PE-Core, ViTamin, MobileCLIP, CLIPA) are refused: transformers has no
-CLIP class for them. The folder is loaded and compared with the CLIP in fp32 before it gets its name: image features,
+CLIP class for them. Before the folder appears, it is loaded and compared with the CLIP in fp32: image features,
 patch tokens (of a CLIPModel after the final LayerNorm and the projection, which follow its `last_hidden_state`) and
 text features. Differences above TOLERANCE are refused.
 
-Pixels equal open_clip's with backend="pil"; transformers' default backend rounds differently, by at most two gray
+With backend="pil", pixels equal open_clip's; transformers' default backend rounds differently, by at most two gray
 levels of 255. Call the tokenizer with padding="max_length", truncation=True. It cleans texts as open_clip's does,
 except for curly quotes, broken encodings and HTML (ftfy). A CLIPTokenizer pads with the end token, open_clip with 0.
 """
@@ -59,9 +59,9 @@ from harness.tensors import check_names
 from harness.weights import to_transformers
 from model import Clip, load_clip
 
-TOLERANCE = 5e-5  # of the largest value; at full size fp32 noise is 2e-6, tanh in place of the exact GELU 2e-4
+TOLERANCE = 5e-5  # relative to the largest value; at full size fp32 noise is 2e-6, tanh instead of exact GELU 2e-4
 TEXTS = ["", "a photo of a cat", "Two dogs, one_on the LEFT!", "it's 12:30\n\tin  São Paulo", "red blue " * 100]
-ACTIVATIONS = {  # torch's representation → transformers' name
+ACTIVATIONS = {  # repr of torch's module → transformers' name
     "QuickGELU()": "quick_gelu",
     "GELU(approximate='none')": "gelu",
     "GELU(approximate='tanh')": "gelu_pytorch_tanh",
@@ -75,7 +75,7 @@ def export(clip: Clip, folder: str | os.PathLike) -> dict[str, float]:
     A tokenizer that cannot be loaded is omitted; `clip.tokenizer_error` then says why.
 
     Raises:
-        UserError: transformers has no class for this CLIP, or the folder cannot be written; then nothing is left of it.
+        UserError: transformers has no class for this CLIP, or the folder cannot be written; nothing is left behind.
     """
     folder = Path(folder)
     try:
@@ -117,7 +117,7 @@ def transformers_config(clip: Clip, family: str, tokenizer):
     text |= dict(vocab_size=model.vocab_size, max_position_embeddings=model.context_length)
     text |= {f"{k}_token_id": getattr(tokenizer, f"{k}_token_id", None) for k in ("bos", "eos", "pad")}
     if not tokenizer and family == "CLIP":
-        text["eos_token_id"] = model.vocab_size - 1  # open_clip reads the text's features at the highest token
+        text["eos_token_id"] = model.vocab_size - 1  # open_clip takes the text features at the highest token id
     width = {"projection_dim" if family == "CLIP" else "projection_size": clip.config["embed_dim"]}
     return getattr(transformers, f"{family}Config")(
         text_config=text | width, vision_config=vision | width, architectures=[f"{family}Model"], **width
@@ -158,7 +158,7 @@ def transformers_tokenizer(clip: Clip):
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend,
         model_max_length=length,
-        model_input_names=["input_ids"],  # SigLIP reads its padding: no attention mask
+        model_input_names=["input_ids"],  # SigLIP attends to its padding: no attention mask
         **theirs.tokenizer.special_tokens_map,
     )
 

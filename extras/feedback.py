@@ -1,4 +1,4 @@
-"""Does the feedback point toward the right words? Tells in minutes, before a training run of days.
+"""Does the feedback point toward the right words? Answers in minutes, before you train for days.
 
     python extras/feedback.py                                                            # the miniature
     python extras/feedback.py --recipe two-stage-openai-vit-l-14-224 --mmvp MMVP/MMVP_VLM --data 'cc3m/*.tar' \
@@ -8,14 +8,14 @@
 cos(a, A) − cos(a, B) and cos(b, B) − cos(b, A). g is the gradient of the denoising loss with respect to the two class
 tokens, averaged over `--draws` draws of the N states. The alignment of the pair is −g · ∇m / (|∇m| mean |g|), where the
 mean is over all pairs: on average, the cosine between a step down the loss and the direction in which the margins grow
-fastest. At 0 the feedback has no direction; at 1 it has the direction of the words. z is the mean alignment of the
+fastest. At 0 the feedback has no useful direction; at 1 it points toward the words. z is the mean alignment of the
 pairs divided by its standard error.
 
-**Without a network in between.** The class tokens themselves take `--moves` steps down their own loss, each a fifth of
-their mean distance from their center, and the benchmark is scored after each step. The gain is what φ knows.
+**Without a network in between.** Gradient descent on the class tokens themselves: `--moves` steps, each a fifth of
+their mean distance from their center. The benchmark is scored after each step. The gain is what φ alone can teach.
 
-Both are measured at the start of the linear layer (--projection random or fitted) and, with --projection-steps and
---data, after training the layer alone for so many steps. Takes the options of train.py; saves nothing.
+Both are measured with the initial linear layer (--projection random or fitted) and, with --projection-steps and --data,
+again after that many steps of training only the layer. Takes the options of train.py; saves nothing.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def read_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--pairs", type=int, default=10**9, metavar="N", help="pairs of each type (default: all)")
     add("--draws", type=int, default=3, metavar="N", help="draws of N states to average (default: 3)")
-    add("--moves", type=int, default=8, metavar="N", help="steps of the class tokens (default: 8)")
+    add("--moves", type=int, default=8, metavar="N", help="gradient steps on the class tokens (default: 8)")
     own, options = parser.parse_known_args(argv)
     if min(own.draws, own.pairs) < 1 or own.moves < 0:
         raise UserError("--draws and --pairs must be at least 1, --moves at least 0")
@@ -48,7 +48,7 @@ def read_args(argv: list[str] | None = None) -> argparse.Namespace:
     if not args.mmvp:
         raise UserError("--mmvp is needed: the hub's MMVP/MMVP_VLM, or a folder in its layout")
     if args.data == ["synthetic"] and args.projection_steps:
-        raise UserError("--data synthetic: --projection-steps trains the linear layer on images; name some with --data")
+        raise UserError("--data synthetic: --projection-steps trains the linear layer on images; pass some with --data")
     return argparse.Namespace(**vars(args) | vars(own))
 
 
@@ -78,23 +78,23 @@ MOVE = 0.2  # mean length of a step of the class tokens, relative to their mean 
 
 
 def check_finite(what: str, *values: torch.Tensor) -> None:
-    """UserError: `what` is not finite."""
+    """Raises UserError if `what` is not finite."""
     if not all(value.isfinite().all() for value in values):
         raise UserError(f"{what}: not finite; the weights are broken, or --projection-lr is too high")
 
 
 class LayerSteps(NoRun):
-    """The steps of the linear layer alone."""
+    """Replaces `Run` while only the linear layer is trained; checks the gradients."""
 
     def log(self, step: int, grad_norm: torch.Tensor, lr: float) -> None:
         check_finite(f"the gradient at step {step} of the linear layer", grad_norm)
 
 
 class Pairs:
-    """The benchmark as φ and CLIP see it; `types` are the names of the pairs' types.
+    """The benchmark, encoded by φ and CLIP; `types` are the pairs' types.
 
-    Of the images, pair by pair: `latents` z (2 · pairs, 4, h, w), `cls` (2 · pairs, D) and `local` (2 · pairs, P, D).
-    Of the statements: `texts` (pairs, 2, D), unit. UserError: one of them is not finite.
+    The images, pair by pair: `latents` z (2 · pairs, 4, h, w), `cls` (2 · pairs, D) and `local` (2 · pairs, P, D).
+    The statements: `texts` (pairs, 2, D), unit length. UserError: one of them is not finite.
     """
 
     @torch.no_grad()
@@ -114,7 +114,7 @@ class Pairs:
 
 
 def feedback(args, diffusion, conditioner, pairs: Pairs, cls: torch.Tensor, seed: int) -> torch.Tensor:
-    """The gradient of each image's denoising loss by its class token, averaged over --draws draws: (images, D)."""
+    """The gradient of each image's denoising loss w.r.t. its class token, averaged over --draws draws: (images, D)."""
     mean, draws = torch.zeros_like(cls), Draws(seed, conditioner.recap, args.states, range(*args.timesteps))
     for draw in tqdm(range(args.draws), desc="draws", unit="draw", leave=False):
         for images in torch.arange(len(cls)).split(args.micro_batch):
@@ -142,9 +142,9 @@ def alignments(pairs: Pairs, gradient: torch.Tensor) -> np.ndarray:
 
 
 def measure(args, diffusion, conditioner, pairs: Pairs) -> tuple[dict[str, dict], tuple[float, float]]:
-    """For each type and for all pairs the alignment, its z, and the score before and after each move.
+    """Returns the alignment, its z, and the score before and after each move: for each type and for all pairs.
 
-    And the 95% interval of the change of the score of all pairs over all moves. z is NaN for a single pair.
+    Also returns the 95% interval of the total change in the score of all pairs. z is NaN for a single pair.
     """
     cls, types, rights = pairs.cls, pairs.types, [pairs_right(pairs.cosines(pairs.cls).cpu().numpy())]
     gradient = feedback(args, diffusion, conditioner, pairs, cls, args.seed)
@@ -165,7 +165,7 @@ def measure(args, diffusion, conditioner, pairs: Pairs) -> tuple[dict[str, dict]
 
 
 def table(stage: str, rows: dict[str, dict], change: tuple[float, float]) -> str:
-    """The figures of `measure` as text."""
+    """The results of `measure` as text."""
     width = max(len(name) for name in [stage, *rows])
     lines = [f"\n{stage:{width}}    alignment      z  score before → after each move (chance: 25)"]
     for name, row in rows.items():

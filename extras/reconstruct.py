@@ -1,14 +1,14 @@
-"""Pictures of what CLIP tells the diffusion model: what φ draws from a run's conditions, before and after training.
+"""Shows what CLIP tells the diffusion model: pictures that φ draws from a run's conditions, before and after training.
 
     python extras/reconstruct.py runs/miniature                         # writes runs/miniature/reconstruct.png
     python extras/reconstruct.py runs/l14 rows.png --images photos --count 6
 
-Below each image are the pictures that φ draws from the condition of the untouched CLIP and of the trained one. The rest
-is the same for both: the initial noise, the patches of the recap, and the linear layer at the end of the run. DDIM adds
-no noise, so the pictures differ only by what CLIP says.
+Below each image are the pictures that φ draws from the condition of the untouched CLIP, then of the trained one. Both
+use the same initial noise, patches of the recap, and linear layer (from the end of the run). DDIM adds no noise, so the
+pictures differ only by what CLIP says.
 
-The images are not chosen by hand. By default they are the first images of --count pairs at equal distances in the run's
-benchmark, so they are spread evenly over its types; without a benchmark, the first images of the run's data.
+The images are not chosen by hand. By default they are the first images of --count evenly spaced pairs of the run's
+benchmark, and so spread over its types; without a benchmark, the first images of the run's data.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ class Reconstruction:
     ) -> torch.Tensor:
         """What φ draws by DDIM from `noise` (B, 4, h, w) under c (B, L, W): pixels in [0, 1], (B, 3, S, S).
 
-        Guidance moves ε from the text's to the condition's, `guidance` times the way. The pipeline needs a text of L
-        tokens; for a recap of another length it is the mean of the text's tokens, repeated.
+        Classifier-free guidance: ε = ε(text) + `guidance` · (ε(c) − ε(text)). The pipeline needs a text of L tokens; if
+        the recap has another length, the mean of the text's tokens is repeated.
         """
         text, dtype = self.diffusion.text_embedding, self.diffusion.unet.dtype
         if text.shape[1] != condition.shape[1]:
@@ -123,7 +123,7 @@ class Reconstruction:
 
 
 def load_run(run: str, device: torch.device) -> Reconstruction:
-    """Loads the run in the folder `run`. UserError: it is not a run, or it has no weights to show."""
+    """Loads the run in the folder `run`. UserError: it is not a run, or it has no trained weights."""
     try:
         args = argparse.Namespace(**json.loads(Path(run, "args.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
@@ -142,7 +142,7 @@ def load_run(run: str, device: torch.device) -> Reconstruction:
 
 
 def read_images(args: argparse.Namespace, chosen: list[str] | None, count: int, size: int) -> torch.Tensor:
-    """Up to `count` images, (B, 3, size, size) in [0, 1], of `chosen`: files, one folder, or None for the default.
+    """Up to `count` images, (B, 3, size, size) in [0, 1], from `chosen`: files, a folder, or None for the default.
 
     UserError: there are no images, or one cannot be read.
     """
@@ -154,7 +154,7 @@ def read_images(args: argparse.Namespace, chosen: list[str] | None, count: int, 
     else:
         source = open_images(chosen or args.data)
         if source is None:
-            raise UserError("the run's --data is synthetic; name images with --images")
+            raise UserError("the run's --data is synthetic; pass images with --images")
         images = [read_image(source.name(i), source.read(i)) for i in range(min(count, len(source)))]
     return torch.stack([central_square(image, size) for image in images])
 
@@ -168,7 +168,7 @@ def central_square(image: Image.Image, size: int) -> torch.Tensor:
 def sheet(rows: dict[str, torch.Tensor], note: str) -> Image.Image:
     """Rows of pictures (B, 3, S, S) in [0, 1], each with its name on the left, and a note at the bottom."""
     count, _, _, size = next(iter(rows.values())).shape
-    side = size * max(1, 128 // size) if size <= 256 else 256  # small pictures are enlarged by whole numbers
+    side = size * max(1, 128 // size) if size <= 256 else 256  # enlarge small pictures by an integer factor
     resample = Image.Resampling.NEAREST if size <= 128 else Image.Resampling.LANCZOS
     font, left, cell = ImageFont.load_default(15), 130, side + 2
     page = Image.new("RGB", (left + cell * count, cell * len(rows) + 24), "white")

@@ -48,7 +48,7 @@ from harness.pictures import read_image
 from harness.recipes import beyond_the_paper
 from harness.scores import verdict
 
-SHOWN = 100  # pairs that changed, at most: 2 to 3 MB
+SHOWN = 100  # at most this many changed pairs: 2 to 3 MB
 NAMES = ("type", "id1", "id2", "statement1", "statement2")  # of a pair
 SUMMARY = (
     "{clip} was trained with {diffusion} on {data}: {taken:,} of {steps:,} steps of {batch_size} images, recipe "
@@ -56,7 +56,7 @@ SUMMARY = (
     "{versions}."
 )
 EXPLAINED = (
-    "Percent of pairs right before and after training, by cls: CLIP's class token, as encode_image returns it. By "
+    "Percent of pairs right, before → after training, with cls: CLIP's class token, as encode_image returns it. With "
     "cls+local, which adds the mean of the local tokens: {local}. {count:,} pairs of {mmvp}; chance is 25."
 )
 CARD = """---
@@ -80,9 +80,9 @@ this CLIP. The license of the original CLIP's weights applies; this card grants 
 
 
 def fill(template: str, values: dict) -> str:
-    """Fills in a template of Jinja. This is the only place where text becomes HTML: every value is escaped.
+    """Fills in a Jinja template. Text becomes HTML only here, and every value is escaped.
 
-    Values are joined into one line, because the card is Markdown, which is interpreted again after an empty line.
+    Values are joined into one line: in the card, an empty line would end the HTML and resume Markdown.
     """
     options = dict(autoescape=True, undefined=jinja2.StrictUndefined)
     environment = jinja2.Environment(finalize=lambda value: " ".join(str(value).split()), **options)
@@ -110,7 +110,7 @@ def describe(path: Path, taken: int) -> tuple[dict, dict]:
         summary, deviations = SUMMARY.format_map(args | words), beyond_the_paper(args)
         for old, new in zip(args["code"], args["code"][1:]):
             changed = ", ".join(name for name in new if name != "step" and new[name] != old.get(name))
-            deviations.append(f"a changed {changed} from step {new['step']}")
+            deviations.append(f"{changed} changed at step {new['step']}")
         if args["random_weights"]:
             summary += " It started from random weights, so it is not scored."
         if clip == "miniature/clip" and data != "miniature/images.tar":
@@ -118,25 +118,25 @@ def describe(path: Path, taken: int) -> tuple[dict, dict]:
                 " The miniature's CLIP knows only its drawn scenes: do not expect a gain from training on other images."
             )
     deviations = f", except for: {'; '.join(deviations)}" if deviations else ""
-    method = f"By its options, the method is DIVA's (arXiv 2407.20171){deviations}."
+    method = f"The run's options are DIVA's (arXiv 2407.20171){deviations}."
     return args, words | dict(summary=summary, method=method)
 
 
 def figure(name: str, lines: list[np.ndarray], last: int) -> dict:
-    """A plot of lines over the steps 0 to `last`. Each is (n, 2), step and value; the last one is blue, others gray."""
+    """A plot of lines over the steps 0 to `last`. Each is (n, 2), step and value; the last is blue, the others gray."""
     values, drawn = np.concatenate(lines)[:, 1], []
     low, high = values.min(), values.max()
     if not np.isfinite(values).all():
         raise ValueError("a number is not finite")
     for line in lines:
         dots = [f"{x / (last or 1):.4f},{(high - y) / ((high - low) or 1):.4f}" for x, y in line]
-        drawn.append(" ".join([*dots, dots[-1]]))  # also shows a single point
+        drawn.append(" ".join([*dots, dots[-1]]))  # the last point twice, to show a single one
     words = f"{name}: {line[0, 1]:.3g} → {line[-1, 1]:.3g}"
     return dict(words=words, lines=drawn, low=f"{low:.3g}", high=f"{high:.3g}", last=f"{last:,}")
 
 
 def draw_training(path: Path) -> tuple[list[dict], int, int]:
-    """The curves of the loss and the learning rate, the number of steps, and that of unreadable images."""
+    """The curves of the loss and the learning rate, the number of steps, and the number of unreadable images."""
     with reading(path):
         lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []  # the last may be cut off
         lines = json.loads("[" + ",\n".join(lines) + "]")  # all at once, so that an error names the line
@@ -219,7 +219,7 @@ def picture(path: Path, side: int, kind: str) -> str:
 def show_changes(pairs: list[dict], mmvp: str) -> dict:
     """The template's values about the pairs won and lost: SHOWN of them, spread over types and outcomes.
 
-    They get their `images` if `mmvp` has them.
+    Adds their `images` if `mmvp` has them.
     """
     changed = [pair | dict(images=[]) for pair in pairs if pair["changes"]]
     kinds = [(pair["type"], pair["changes"][0]) for pair in changed]
@@ -240,7 +240,7 @@ def show_changes(pairs: list[dict], mmvp: str) -> dict:
 
 
 def report(folder: Path, mmvp: str | None = None) -> dict[Path, str]:
-    """The page of the run in `folder` and, if the run is finished, the card. `mmvp` is where the benchmark is.
+    """The page of the run in `folder` and, if the run is finished, the card. `mmvp`: the benchmark, if it has moved.
 
     Raises:
         UserError: there is no run, it has taken no step yet, or one of its files is broken.
@@ -253,8 +253,8 @@ def report(folder: Path, mmvp: str | None = None) -> dict[Path, str]:
         words["summary"] += f" {unreadable:,} images could not be read."
     words |= dict(folder=folder, out=shlex.quote(str(folder)), curves=curves, headline="Not scored")
     words |= dict(explained="", verdict="", note="", drawn="", charts=[], table=[], shown=[], along=[])
-    if (folder / "mmvp" / "scores.json").exists() and not args["random_weights"]:  # the last file that is written
-        benchmark = words["mmvp"] or "a benchmark that the run does not name"  # scored with evaluate_mmvp.py
+    if (folder / "mmvp" / "scores.json").exists() and not args["random_weights"]:  # written last
+        benchmark = words["mmvp"] or "an unknown benchmark"  # scored with evaluate_mmvp.py
         words |= read_scores(folder / "mmvp" / "scores.json", benchmark)
         words |= show_changes(read_pairs(folder / "mmvp" / "pairs.csv"), mmvp or args["mmvp"] or benchmark)
     if (folder / "mmvp-steps" / "scores.json").exists():

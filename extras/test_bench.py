@@ -35,7 +35,7 @@ FULL_SIZE[2:] = [pytest.param(*row, marks=pytest.mark.slow) for row in FULL_SIZE
 
 @pytest.mark.parametrize("name, tokens, clip", FULL_SIZE)
 def test_nothing_is_computed_twice(name, tokens, clip):
-    """A full-size step executes the TFLOP that its models need, which were counted before this code was written."""
+    """A full-size step executes only the TFLOP that its models need, as counted before this code was written."""
     work = executed_work(on_meta(settings(f"--recipe {name} --micro-batch 2 --precision bf16")))
     unet = 1.671 + (1.714 - 1.671) * (tokens - 77) / (257 - 77)  # a state, forward and backward: linear in the tokens
     assert work == pytest.approx(1.117 + clip + 2 * unet, rel=3e-3)
@@ -60,7 +60,7 @@ def test_unnecessary_work_is_counted():
 
 @pytest.mark.parametrize("options", ["", "--channels-last --cudnn-benchmark"])
 def test_the_step_is_that_of_a_run(options):
-    """Its weights after a step that is timed by parts, against SGD written out; the parts add up to the step."""
+    """The weights after a timed step are compared with SGD written out; the parts add up to the step."""
     step = Step(settings(f"{SMALL} {options}"), CPU)
     layout = torch.channels_last if options else torch.contiguous_format
     assert step.diffusion.unet.conv_in.weight.is_contiguous(memory_format=layout)
@@ -85,7 +85,7 @@ def test_the_step_is_that_of_a_run(options):
 
 
 def test_the_released_step_takes_one_state_at_a_time(monkeypatch):
-    """With our text, its gradient is the mean over the states: ours with each state as an image."""
+    """With our text, its gradient is the mean over states: equal to ours with each state as a separate image."""
     step = Step(settings(f"{SMALL} --states 3 --max-grad-norm 0"), CPU)
     released, calls, start = ReleasedStep(step), [], copy.deepcopy(step.conditioner.state_dict())
     step.draws = released.draws  # one state of an image
@@ -107,7 +107,7 @@ def test_the_released_step_takes_one_state_at_a_time(monkeypatch):
 
 
 def test_the_table(capsys):
-    """It holds all figures, and those that follow from one another agree."""
+    """It holds all figures, and derived figures agree."""
     bench.main(settings(f"{SMALL} --times 1 --as-released"))
     rows = dict(re.findall(r"^\| (.+?) \| ([\d.,e+-]+) \|", capsys.readouterr().out, re.MULTILINE))
     figures = {name: float(value.replace(",", "")) for name, value in rows.items()}

@@ -1,4 +1,4 @@
-"""The exported CLIP gives the same outputs in transformers as in open_clip; other CLIPs are refused."""
+"""The exported CLIP has the same outputs in transformers as in open_clip; other CLIPs are refused."""
 
 import math
 

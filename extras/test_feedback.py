@@ -43,7 +43,7 @@ def words(pairs: feedback.Pairs, cls: torch.Tensor) -> torch.Tensor:
 
 
 def test_the_alignment_is_the_slope_of_the_margins(seen):
-    """Against a difference quotient; its mean is 1 along the words' direction, and it is 0 across it."""
+    """Compared with a difference quotient; the mean is 1 along the words' direction; orthogonal to it, all are 0."""
     pairs = seen[-1]
     gradient = torch.from_numpy(np.random.default_rng(0).normal(size=pairs.cls.shape)).float()
     toward, h = words(pairs, pairs.cls), 1e-4
@@ -58,7 +58,7 @@ def test_the_alignment_is_the_slope_of_the_margins(seen):
 
 
 def test_the_gradient_is_the_slope_of_each_images_loss(seen):
-    """Against a difference quotient of each image's loss, averaged over two draws and written out in float64."""
+    """Compared with a difference quotient of each image's loss, averaged over two draws, in float64."""
     args, _, diffusion, conditioner, pairs = seen
     gradient = feedback.feedback(args, diffusion, conditioner, pairs, pairs.cls, seed=5).double()
     conditioner, unet = copy.deepcopy(conditioner).double(), copy.deepcopy(diffusion.unet).double()
@@ -97,7 +97,7 @@ def test_moves_along_the_words_win_every_pair(seen, monkeypatch):
 
 
 def test_the_command_prints_its_figures(capsys):
-    """One pair of each type gives an alignment; that of all is their mean; the layer's steps change them."""
+    """With one pair per type, the figures of all pairs are the types' means; training the layer changes them."""
     options = "--pairs 1 --draws 1 --moves 1 --states 1 --projection-steps 2 --projection random --batch-size 2"
     feedback.main(feedback.read_args([*options.split(), "--workers", "0"]))
     cost, start, end = re.split("\nrandom start |\nafter 2 steps of the layer ", capsys.readouterr().out)

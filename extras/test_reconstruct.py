@@ -51,7 +51,7 @@ def runs(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("guidance, tokens", [(1, 20), (3, 24), (3, 20)])
 def test_the_pictures_are_those_of_ddim(runs, guidance, tokens):
-    """Against DDIM written out (arXiv 2010.02502, Eq. 12 with σ = 0); a text of another length joins as its mean."""
+    """Compared with DDIM written out (arXiv 2010.02502, Eq. 12, σ = 0); a text of another length counts as its mean."""
     run = reconstruct.load_run(f"{runs}/run", CPU)
     diffusion, text = run.diffusion, torch.randn(1, 24, 128, generator=torch.manual_seed(0))
     diffusion.text_embedding, condition, noise = text, torch.randn(2, tokens, 128), run.noise(2, seed=4)
@@ -70,7 +70,7 @@ def test_the_pictures_are_those_of_ddim(runs, guidance, tokens):
 
 
 def test_the_conditions_differ_by_the_tower_alone(tmp_path):
-    """Both are the run's linear layer on each CLIP's tokens: here the class token and all patches, written out."""
+    """Both apply the run's linear layer to each CLIP's tokens: here the class token and all patches, written out."""
     trained = write_run(tmp_path, "--recap", "all", "--join", "mean", tower=1.1)
     run, images, clip = reconstruct.load_run(str(tmp_path), CPU), torch.rand(2, 3, 64, 64), load_clip("miniature")
     before, after = run.conditions(images, seed=0)

@@ -1,4 +1,4 @@
-"""extras/report.py: each figure against the one recomputed from the cosines; text is never read as HTML."""
+"""extras/report.py: each figure is recomputed from the cosines; text is never read as HTML."""
 
 import html.parser
 import io
@@ -35,7 +35,7 @@ def write_mmvp(folder: Path, pairs: int = 2, types=("Color", "Text"), statement:
 
 
 def write_scores(folder: Path, names: list[str], mmvp: Path) -> np.ndarray:
-    """As evaluate_mmvp.py, from random cosines with ties, (CLIPs, embeddings, pairs, 2, 2), which it returns."""
+    """Writes what evaluate_mmvp.py does; returns random cosines with ties, (CLIPs, embeddings, pairs, 2, 2)."""
     pairs = read_mmvp(str(mmvp))
     cosines = np.random.default_rng(0).random((len(names), 2, len(pairs), 2, 2), dtype=np.float32)
     cosines[:, :, 0, :, 0] = cosines[:, :, 0, :, 1]
@@ -84,7 +84,7 @@ class Page(html.parser.HTMLParser):
         self.elements[-1] = tag, attributes, text + data
 
     def all(self, tag: str, attribute: str | None = None) -> list[str]:
-        """The text of all elements, or an attribute of theirs."""
+        """The text of all elements `tag`, or one of their attributes."""
         return [values[attribute] if attribute else text.strip() for name, values, text in self.elements if name == tag]
 
 
@@ -95,7 +95,7 @@ def read_report(out: Path, mmvp: Path | None = None) -> tuple[Page, str | None]:
 
 
 def test_the_page_says_what_the_cosines_say(tmp_path):
-    """Each figure against the one recomputed; each pair that changed, and no other, with its images."""
+    """Each figure is recomputed; exactly the changed pairs are shown, with their images."""
     out = write_run(tmp_path / "run", write_mmvp(tmp_path / "mmvp", 3, TYPES))
     cosines = write_scores(out / "mmvp", ["before", "after"], tmp_path / "mmvp")  # once more, for the cosines
     right = (cosines[..., 0, 0] > cosines[..., 0, 1]) & (cosines[..., 1, 1] >= cosines[..., 1, 0])  # (CLIPs, e, pairs)
@@ -141,10 +141,10 @@ def test_the_page_tells_what_is_not_the_papers(tmp_path):
     """A run with random weights has no scores, and an unfinished one has no card."""
     code, mmvp = {"step": 0, "train.py": "aa", "data.py": "bb"}, write_mmvp(tmp_path / "mmvp")
     for words, out in (
-        ("By its options, the method is DIVA's (arXiv 2407.20171).", write_run(tmp_path / "paper")),
+        ("The run's options are DIVA's (arXiv 2407.20171).", write_run(tmp_path / "paper")),
         ("--freeze-projection; --ldifs 0.03", write_run(tmp_path / "miniature", recipe="miniature")),
         (
-            "except for: a changed train.py from step 2.",
+            "except for: train.py changed at step 2.",
             write_run(tmp_path / "code", code=[code, code | {"step": 2, "train.py": "cc"}]),
         ),
         ("knows only its drawn scenes", write_run(tmp_path / "photos", clip="x/miniature/clip")),
@@ -266,7 +266,7 @@ def test_broken_files_are_refused(tmp_path, capsys, name, old, new, message):
     "name", ["args.json", "metrics.jsonl", "mmvp/scores.json", "mmvp/pairs.csv", "mmvp-steps/scores.json"]
 )
 def test_no_broken_file_crashes_the_report(tmp_path, name):
-    """Truncated or altered files give a page or one sentence."""
+    """Truncated or altered files lead to a page or to one sentence."""
     out, rng, refused = write_run(tmp_path / "run", write_mmvp(tmp_path / "mmvp")), np.random.default_rng(0), 0
     write_scores(out / "mmvp-steps", ["vit", "clip-1"], tmp_path / "mmvp")
     good, odd = (out / name).read_bytes(), [b'"', b",", b"\n", b"\0", b"-", b"9" * 5000, b"{", b"[", b"\xe9"]

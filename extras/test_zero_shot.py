@@ -1,4 +1,4 @@
-"""extras/zero_shot.py: the accuracy is the one computed by hand, the ends of the interval solve Wilson's equation."""
+"""extras/zero_shot.py: the accuracy equals one computed by hand; the interval's ends solve Wilson's equation."""
 
 from pathlib import Path
 

@@ -1,10 +1,10 @@
-"""Top-1 zero-shot accuracy of CLIPs on a folder of images: did training cost what CLIP could do before?
+"""Top-1 zero-shot accuracy of CLIPs on a folder of images: did training cost zero-shot ability?
 
     python extras/zero_shot.py openai-vit-l-14-224 runs/l14/clip --data imagenet/val
 
 FOLDER has a subfolder per class, named after the class (`fire_truck` is read as "fire truck"). The folders of ImageNet
 (`n01440764` …) and ImageNet-V2 (`0` … `999`) get open_clip's class names. A class is the mean embedding of its name in
-all templates, and an image is right if its nearest class is its own. Everything is computed in fp32.
+all templates; an image is right if its own class is the nearest. Everything is computed in fp32.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ def read_folder(folder: str) -> tuple[list[str], list[str], np.ndarray]:
         number = next((name for name in names if re.fullmatch("n?[0-9]+", name)), None)
         if number:
             raise UserError(
-                f"--data {folder}: {number} is a number, not a name; rename the subfolders (numbers are only read if "
-                f"all 1,000 classes of ImageNet are there: n01440764 …, or 0 … 999)"
+                f"--data {folder}: {number} is a number, not a name; rename the subfolders (numbers are accepted only "
+                f"if all 1,000 classes of ImageNet are there: n01440764 …, or 0 … 999)"
             )
         name, count = Counter(name.lower() for name in names).most_common(1)[0]
         if count > 1:
@@ -85,7 +85,7 @@ def read_folder(folder: str) -> tuple[list[str], list[str], np.ndarray]:
     for note in files.notes:
         warn(note)
     images = [(path, Path(path).relative_to(folder).parts[0]) for path in map(files.name, range(len(files)))]
-    images = [(path, label_of[name]) for path, name in images if name in label_of]  # not those beside the subfolders
+    images = [(path, label_of[name]) for path, name in images if name in label_of]  # skip images outside the subfolders
     paths, labels = [path for path, _ in images], np.array([label for _, label in images])
     if empty := set(range(len(classes))) - set(labels.tolist()):
         raise UserError(f"{Path(folder, classes[min(empty)])}: no images in this folder")
@@ -119,7 +119,7 @@ def classify(
 
 
 def wilson(right: np.ndarray, z: float = 1.96) -> tuple[float, float]:
-    """The 95% interval of the share of `right`, in percent; it stays within 0 and 100, even if all are right."""
+    """Wilson's 95% interval of the share of `right`, in percent; within 0 and 100 even if all are right."""
     n, share = len(right), right.mean()
     middle, half = share + z * z / 2 / n, z * np.sqrt(share * (1 - share) / n + (z / 2 / n) ** 2)
     return tuple(100 * float(end) / (1 + z * z / n) for end in (middle - half, middle + half))

@@ -2,5 +2,5 @@
 
 import os
 
-if "OMP_WAIT_POLICY" not in os.environ:  # OpenMP reads it when torch is imported: waiting threads soon sleep
+if "OMP_WAIT_POLICY" not in os.environ:  # read when torch is imported: idle threads spin only briefly
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")

@@ -45,13 +45,13 @@ def one_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def exit_on_user_error(command: str, less_memory: str = "close other programs"):
-    """Prints certain errors of the block as `command: sentence` on stderr, and exits. A bug keeps its traceback.
+    """Prints expected errors as `command: sentence` on stderr, and exits. A bug keeps its traceback.
 
     Args:
         command: the name of the command.
-        less_memory: advice for when memory is exhausted.
+        less_memory: the advice if memory runs out.
 
-    Exit codes: 2 for UserError, OSError and exhausted memory; 128 + signal for Stopped; 130 for Ctrl-C; 1 if another
+    Exit codes: 2 for UserError, OSError and lack of memory; 128 + signal for Stopped; 130 for Ctrl-C; 1 if another
     process of the group has died.
     """
     for stream in (sys.stdout, sys.stderr):
@@ -73,6 +73,6 @@ def exit_on_user_error(command: str, less_memory: str = "close other programs"):
             sentence, code, first = "another process has died; see its error", 1, False
         if not first:
             time.sleep(3)  # so that rank 0, or the process that failed, prints its error before torchrun stops it
-        with contextlib.suppress(OSError):  # the terminal is gone
+        with contextlib.suppress(OSError):  # the terminal may be gone
             print(f"{command}: {sentence}", file=sys.stderr, flush=True)
         sys.exit(code)

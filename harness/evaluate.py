@@ -13,7 +13,7 @@ from harness.recipes import RECIPES, locate_clip, recipe_of, split_weights
 
 
 def read_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parses the command line. `readings` lists the released reading of each CLIP; without --released it is empty."""
+    """Parses the command line. `readings` has the released reading of each CLIP; empty without --released."""
     parser = argparse.ArgumentParser(
         description="MMVP-VLM scores of any number of CLIPs, side by side.",
         epilog="A CLIP is a recipe, ARCH:TAG of open_clip, hf-hub:OWNER/NAME, or a folder saved by a run. CLIP@WEIGHTS "
@@ -21,9 +21,9 @@ def read_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.error = usage_error
     parser.add_argument("clips", nargs="+", metavar="CLIP", help="the CLIPs to score; each is compared with the first")
-    mmvp = "a folder or the hub's data set (default: the benchmark of a recipe among the CLIPs, or MMVP/MMVP_VLM)"
+    mmvp = "a folder or a data set on the hub (default: the first recipe's benchmark, or MMVP/MMVP_VLM)"
     parser.add_argument("--mmvp", metavar="PATH", help=mmvp)
-    released = "also score DIVA's released reading: that of each CLIP's recipe, or RECIPE's for other CLIPs"
+    released = "also score as DIVA's released evaluation does for the CLIP's recipe, or for RECIPE if it has none"
     parser.add_argument("--released", metavar="RECIPE", nargs="?", const="", help=released)
     parser.add_argument("--out", metavar="DIR", help="write scores.json and pairs.csv to DIR")
     parser.add_argument("--batch-size", type=int, default=32, help="images per forward pass (default: %(default)s)")
@@ -50,8 +50,8 @@ def warn_of_limits(clip, pairs: list) -> None:
     """Warns if `cls+local` says little about this CLIP, or if its tokenizer does not know the statements' words."""
     if getattr(getattr(clip.model.visual, "trunk", None), "attn_pool", None) is not None:
         warn(
-            f"{clip.source} pools by attention, so its local tokens are not in the joint space with the text: "
-            f"cls+local is shown for completeness"
+            f"{clip.source} pools by attention, so its local tokens are not in the joint space with the text; "
+            f"cls+local is shown only for completeness"
         )
     tokenizer = clip.tokenizer()
     words = getattr(tokenizer, "tokenizer", None)  # transformers', unless it is built into open_clip
@@ -62,12 +62,12 @@ def warn_of_limits(clip, pairs: list) -> None:
         if count:
             warn(
                 f"{clip.source}: {count:,} of {len(ids):,} statements have words that its tokenizer does not know; the "
-                f"miniature's CLIP knows the words and images of its drawn world only"
+                f"miniature's CLIP knows only the words and images of its drawn world"
             )
 
 
 def save_scores(folder: Path, clips: list[dict], cosines: list, rights: list[dict], pairs: list) -> None:
-    """Writes pairs.csv, the cosines and outcomes of each CLIP and pair, and scores.json, which contains `clips`."""
+    """Writes pairs.csv (cosines and outcomes of each CLIP and pair) and scores.json (`clips`)."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for clip, clip_cosines, right in zip(clips, cosines, rights):

@@ -11,25 +11,25 @@ from harness.errors import UserError, one_line
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yields a temporary path; the file that the block writes there replaces `path` once it is whole and on the disk.
+    """Yields a temporary path; the file written there replaces `path` once it is complete and on disk.
 
-    Missing permissions or fsync are tolerated.
+    Works on disks without permissions or fsync, too.
 
     Raises:
-        UserError: it cannot be written, as on a full disk; `path` is unchanged.
+        UserError: it cannot be written, for example on a full disk; `path` is unchanged.
     """
     temporary = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with contextlib.suppress(OSError):
-            temporary.chmod(path.parent.stat().st_mode & 0o666)  # safetensors writes files that only their owner reads
+            temporary.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets only the owner read its files
         fsync(temporary)
         os.replace(temporary, path)
         fsync(path.parent)
     except UserError:
         raise
-    except Exception as error:  # an OSError, or what safetensors, torch and transformers make of it
+    except Exception as error:  # an OSError, or what safetensors, torch and transformers raise instead
         raise UserError(f"{path}: could not be written ({one_line(error)})") from error
     finally:
         with contextlib.suppress(OSError):
@@ -43,7 +43,7 @@ def write_atomically(path: Path, content: str) -> None:
 
 
 def fsync(path: Path) -> None:
-    """Waits until a file, or a folder's list of names, is on the disk."""
+    """Flushes a file, or a folder's entries, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -55,7 +55,7 @@ def fsync(path: Path) -> None:
 
 
 def check_writable(folder: str, option: str) -> None:
-    """UserError unless `folder`, the value of `option`, is a writable folder or can be created."""
+    """Raises UserError unless `folder`, the value of `option`, is a writable folder or can be created."""
     place = Path(folder).absolute()
     while not place.exists():
         place = place.parent

@@ -16,7 +16,7 @@ from harness.errors import UserError, warn
 from harness.files import write_atomically
 from harness.processes import all_gather_object
 
-TIMED_STEPS = 10  # after the first, before the run says how long it will take
+TIMED_STEPS = 10  # steps to time, after the first, before estimating the duration
 
 
 class Metrics:
@@ -27,11 +27,11 @@ class Metrics:
         self.path, self.bar = Path(args.out, "metrics.jsonl"), None
         self.is_rank_zero, self.processes = dist.get_rank() == 0, dist.get_world_size()
         self.losses, self.skipped, self.names = [], [], []
-        if self.is_rank_zero and self.path.exists():  # the steps after the checkpoint are taken again
+        if self.is_rank_zero and self.path.exists():  # steps after the checkpoint are repeated
             write_atomically(self.path, "".join(self.path.read_text().splitlines(True)[:first_step]))
 
     def start_clock(self) -> None:
-        """Starts the time of a step, and the progress bar, whose estimates then exclude what came before."""
+        """Starts timing a step. The first call also starts the progress bar, to exclude loading and scoring."""
         self.time = time.perf_counter()
         if self.bar is None:
             batch, total = self.args.batch_size, self.args.steps * self.args.batch_size
@@ -49,7 +49,7 @@ class Metrics:
         self.bar.update(len(batch["images"]) * self.processes)
 
     def log(self, step: int, grad_norm: torch.Tensor, lr: float) -> None:
-        """Logs a step that is about to be taken, averaged over the processes, with one host–device sync.
+        """Logs a step before the optimizer takes it, averaged over the processes, with one host–device sync.
 
         Raises:
             UserError: in every process, if the loss or its gradient is not finite, or if more than one image in ten
@@ -89,9 +89,9 @@ class Metrics:
             self.bar.close()
 
     def count_unreadable(self, step: int, names: list[str]) -> None:
-        """Counts unreadable images; warns at the first. UserError: over one in ten of at least 100 reads failed."""
+        """Counts unreadable images; warns about the first. UserError: over a tenth of at least 100 reads failed."""
         if names and not self.unreadable:
-            warn(f"cannot read {names[0]}: replaced by another image; {self.path} names all that are skipped")
+            warn(f"cannot read {names[0]}: replaced by another image; {self.path} lists all skipped images")
         self.names, self.unreadable = (self.names + names)[:3], self.unreadable + len(names)
         reads = (step + 1) * self.args.batch_size + self.unreadable
         if reads >= 100 and self.unreadable * 10 > reads:
@@ -99,7 +99,7 @@ class Metrics:
             raise UserError(f"step {step}: {self.unreadable} of {reads} images could not be read: {names}")
 
     def estimate(self, step: int, now: float) -> None:
-        """Says once how long the run will take, unless it is less than half a minute.
+        """Prints once how long the rest of the run will take, if it is at least half a minute.
 
         The first step is not timed: it allocates memory and may compile.
         """
@@ -114,7 +114,7 @@ class Metrics:
 
 
 def peak_memory() -> int:
-    """The most bytes that this process has held so far: on its GPU, or in main memory if there is no GPU."""
+    """The peak memory of this process in bytes: on its GPU, or main memory if there is no GPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # Linux: KiB

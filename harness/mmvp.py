@@ -37,10 +37,10 @@ def read_mmvp(source: str) -> list[Pair]:
     """Reads a benchmark from the folder `source`, or from the data set `source` on the hub.
 
     The layout is MMVP-VLM's: Questions.csv with the header `Question ID,Type,Statement` and two rows per pair (an odd
-    id and the next one), images at `MLLM_VLM Images/<Type>/<Question ID>.jpg`. Types and their sizes are free.
+    id and the next one), images at `MLLM_VLM Images/<Type>/<Question ID>.jpg`. Any types and counts are accepted.
 
     Raises:
-        UserError: a file is missing or does not fit the layout. Gives the file and the row.
+        UserError: a file is missing or does not fit the layout; the error names the file and the row.
     """
     if not os.path.isdir(source) and (source.count("/") != 1 or source.startswith((".", "/"))):
         raise UserError(f"{source}: no such folder; --mmvp takes a folder or a data set on the hub, MMVP/MMVP_VLM")
@@ -57,7 +57,7 @@ def read_mmvp(source: str) -> list[Pair]:
 
 
 def read_questions(path: Path) -> list[Row]:
-    """The rows of Questions.csv below its header, an even number of them. Each is checked on its own."""
+    """The rows of Questions.csv below its header. Checks each row, and that their number is even."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file, strict=True)

@@ -1,4 +1,4 @@
-"""How every command reads an image file."""
+"""Reads image files, in the same way for every command."""
 
 import contextlib
 import io
@@ -10,13 +10,13 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from harness.errors import UserError, one_line
 
-# Raster formats that Pillow decodes itself. Without such a list, Pillow trusts a file's bytes whatever its name, and
-# runs Ghostscript on PostScript.
+# Raster formats that Pillow decodes itself. Without this list, Pillow detects any format from the bytes, whatever the
+# name, and runs Ghostscript on PostScript.
 FORMATS = [
     "AVIF", "BMP", "DDS", "DIB", "GIF", "ICNS", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "PSD", "QOI", "SGI",
     "TIFF", "WEBP", "XBM", "XPM", "TGA",  # TGA is last: it has no magic number
 ]  # fmt: skip
-RAW_SUFFIXES = {".bw", ".rgb", ".rgba", ".icb", ".vda", ".vst"}  # of SGI and TGA, but raw pixels often have these
+RAW_SUFFIXES = {".bw", ".rgb", ".rgba", ".icb", ".vda", ".vst"}  # registered for SGI and TGA, but common for raw pixels
 IMAGE_SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS} - RAW_SUFFIXES
 IMAGE_SUFFIXES |= {"", ".mpo"}  # "": web datasets often have images without a suffix
 
@@ -34,7 +34,7 @@ def open_image(content: bytes) -> Image.Image:
 
 
 def read_image(path: str | os.PathLike, content: bytes | None = None) -> Image.Image:
-    """Reads an image file, or its `content`, as `to_rgb` returns it. UserError: it is not a readable image."""
+    """Reads an image file, or its `content`, and converts it with `to_rgb`. UserError: it is not a readable image."""
     try:
         with open_image(Path(path).read_bytes() if content is None else content) as image:
             return to_rgb(image)
@@ -48,7 +48,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises:
         ValueError: 32-bit gray, which has no defined white level.
     """
-    image.load()  # raises on broken pixels; a second load of a JPEG 2000 file would not
+    image.load()  # raises on broken pixels; for JPEG 2000, only the first load does
     with contextlib.suppress(Exception):  # broken EXIF is ignored
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I;16"):  # Pillow would clip 16-bit gray at 255

@@ -7,9 +7,9 @@ import torch
 
 @contextlib.contextmanager
 def full_fp32():
-    """Computes fp32 matrix products and convolutions of the block in fp32 on every device; then restores the settings.
+    """Disables TF32 in the block, for matrix products and convolutions.
 
-    On a GPU cuDNN uses TF32 (10 bits of mantissa) by default, and so do matrix products if
+    On a GPU, cuDNN uses TF32 (10 bits of mantissa) by default, and so do matrix products if
     TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1, which some container images set.
     """
     precision = torch.get_float32_matmul_precision()

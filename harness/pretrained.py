@@ -1,4 +1,4 @@
-"""Loads pretrained models quietly, and refuses those whose weights or kind do not fit."""
+"""Loads pretrained models quietly, and refuses models of the wrong kind and weights that do not fit."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ for library in (diffusers.utils.logging, transformers.utils.logging):
 
 @contextlib.contextmanager
 def quiet():
-    """Silences the libraries' warnings and reports while they load models; errors are raised as well."""
+    """Silences the libraries' warnings and logs in the block; exceptions are still raised."""
     level = logging.root.manager.disable
     logging.disable(max(level, logging.ERROR))
     try:
@@ -43,7 +43,7 @@ def quiet():
 
 @contextlib.contextmanager
 def loading(what: str, way_out: str = ""):
-    """Loads `what` quietly. UserError: whatever open_clip, diffusers, transformers, safetensors or the hub raises."""
+    """Silences the block, which loads `what`, and turns whatever the libraries or the hub raise into a UserError."""
     try:
         with quiet():
             yield
@@ -52,9 +52,9 @@ def loading(what: str, way_out: str = ""):
 
 
 def clip_options(name: str, random_weights: bool) -> tuple[str, dict, list[str]]:
-    """open_clip's name of a CLIP, the options of `create_model`, and the weights to load afterwards.
+    """open_clip's name for a CLIP, the options for `create_model`, and the weights to load afterwards.
 
-    Those are a folder's, which harness/weights.py reads strictly, and those after an @.
+    The weights to load are a saved folder, which harness/weights.py reads strictly, and WEIGHTS after an @.
 
     Raises:
         UserError: there is no such CLIP.
@@ -68,7 +68,7 @@ def clip_options(name: str, random_weights: bool) -> tuple[str, dict, list[str]]
         if not published:
             known = ", ".join(open_clip.list_pretrained_tags_by_model(source)) or "none: no such architecture"
             raise UserError(f"{name}: unknown tag; open_clip's tags for {source}: {known}")
-        options["force_quick_gelu"] = published.get("quick_gelu", False)  # the activation of the weights
+        options["force_quick_gelu"] = published.get("quick_gelu", False)  # the one the weights need
         if random_weights:  # otherwise open_clip takes the preprocessing from the tag
             options["force_preprocess_cfg"] = {k: published[k] for k in ("mean", "std", "interpolation", "resize_mode")}
     files = [folder] if folder != source else []
@@ -78,9 +78,9 @@ def clip_options(name: str, random_weights: bool) -> tuple[str, dict, list[str]]
 
 
 def assumptions(source: str, tagged: bool, config: dict, preprocessing: dict) -> str:
-    """What open_clip assumes about a CLIP that does not say it, in words; "" if nothing.
+    """What open_clip assumes because the CLIP does not specify it, in words; "" if nothing.
 
-    An architecture without a tag says neither activation nor preprocessing, and a folder may lack the preprocessing.
+    An architecture without a tag specifies neither activation nor preprocessing; a folder may lack the preprocessing.
     """
     assumed, folder = [], source.removeprefix("local-dir:")
     if folder != source:
@@ -96,19 +96,19 @@ def assumptions(source: str, tagged: bool, config: dict, preprocessing: dict) ->
 
 
 def load_tokenizer(source: str, config: dict):
-    """The tokenizer of an open_clip CLIP: one that is built in, or that of its folder, or one from the hub (SigLIP's).
+    """The tokenizer of an open_clip CLIP: built in, from its folder, or from the hub (SigLIP's).
 
     Raises:
         UserError: it cannot be loaded.
     """
     text, folder = config["text_cfg"], Path(source.removeprefix("local-dir:"))
-    hub_name = text.get("hf_tokenizer_name")  # else it is built in
+    hub_name = text.get("hf_tokenizer_name")  # None: it is built in
     if hub_name and source.startswith("local-dir:") and not (folder / "tokenizer_config.json").is_file():
         raise UserError(f"{folder}: this CLIP was saved without its tokenizer")
     with loading(f"the tokenizer of {source}"):
         if not hub_name:
             return open_clip.get_tokenizer(source)
-        if not source.startswith("local-dir:"):  # a folder loads offline, where transformers asks for a config.json
+        if not source.startswith("local-dir:"):  # offline, transformers wants a config.json unless it gets a folder
             folder = fetch(hub_name, "*.json", "*.txt", "*.model")
         options = dict(context_length=text.get("context_length", 77), tokenizer_mode=text.get("tokenizer_mode"))
         return HFTokenizer(f"{folder}", trust_remote_code=False, **options, **text.get("tokenizer_kwargs", {}))
@@ -126,16 +126,16 @@ def find_diffusion(name: str) -> Path:
     parts = ("text_encoder", "unet", "vae")
     weights = [f"{part}/*model.safetensors" for part in parts]
     folder = fetch(name, "scheduler/*", "tokenizer/*", *(f"{part}/config.json" for part in parts), *weights)
-    if not all(list(folder.glob(pattern)) for pattern in weights):  # they have other names: .fp16., .bin, shards
+    if not all(list(folder.glob(pattern)) for pattern in weights):  # other file names: .fp16., .bin, shards
         fetch(name, *(f"{part}/*" for part in parts))
     return folder
 
 
 def load_part(kind: type, folder: Path, part: str, **options) -> torch.nn.Module:
-    """A part of a Stable Diffusion: a `kind` of diffusers or transformers, with the weights in `folder`/`part`.
+    """Loads a part of a Stable Diffusion: the class `kind` of diffusers or transformers, from `folder`/`part`.
 
     Raises:
-        UserError: it has no weights, or one is missing, unexpected or of another shape, which the libraries tolerate.
+        UserError: it has no weights, or one is missing, unexpected or wrongly shaped, which the libraries tolerate.
     """
     options |= dict(subfolder=part, output_loading_info=True, ignore_mismatched_sizes=True)
     for variant in (None, "fp16"):
@@ -143,11 +143,11 @@ def load_part(kind: type, folder: Path, part: str, **options) -> torch.nn.Module
             module, report = kind.from_pretrained(folder, variant=variant, **options)
             break
         except Exception as error:
-            if "no file named" in str(error):  # the next variant may be there
+            if "no file named" in str(error):  # try the next variant
                 continue
             for file in [*(folder / part).glob("*.safetensors"), *(folder / part).glob("*.bin")]:
                 refuse_placeholder(file)
-            pickled = isinstance(error, pickle.UnpicklingError)  # its message advises to execute them
+            pickled = isinstance(error, pickle.UnpicklingError)  # its message suggests executing them
             reason = "contains pickled objects other than tensors" if pickled else one_line(error)
             raise UserError(f"its {part}: {reason}") from error
     else:
@@ -164,19 +164,19 @@ def load_part(kind: type, folder: Path, part: str, **options) -> torch.nn.Module
 
 
 def load_scheduler(folder: Path | str) -> DDPMScheduler:
-    """The noise schedule ᾱ of `folder`/scheduler. UserError: its configuration does not define one of DDPM's kind."""
+    """The noise schedule ᾱ of `folder`/scheduler. UserError: it is not a DDPM schedule."""
     config = DDPMScheduler.load_config(folder, subfolder="scheduler")
     needed = {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule"}
     if "FlowMatch" in config.get("_class_name", "") or not (config.get("trained_betas") or needed <= config.keys()):
         raise UserError(
-            f"its scheduler, a {config.get('_class_name')}, has no noise schedule of DDPM's kind; expected "
+            f"its scheduler, a {config.get('_class_name')}, has no DDPM noise schedule; expected "
             f"{', '.join(sorted(needed))} in scheduler/scheduler_config.json"
         )
     return DDPMScheduler.from_config(config)
 
 
 def check_kind(name: str, vae: torch.nn.Module, unet: torch.nn.Module, prediction_type: str) -> None:
-    """UserError unless it is a plain Stable Diffusion: not SDXL, LCM, inpainting, upscaling or flow matching."""
+    """Raises UserError unless it is a plain Stable Diffusion: not SDXL, LCM, inpainting, upscaling or flow matching."""
     reads, gives = unet.config.in_channels, vae.config.latent_channels
     conditions = ("addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type")
     conditions += ("time_cond_proj_dim",)  # LCM's guidance scale
@@ -191,7 +191,7 @@ def check_kind(name: str, vae: torch.nn.Module, unet: torch.nn.Module, predictio
 def random_diffusion(name: str, dtype: torch.dtype, device) -> tuple:
     """VAE, U-Net, scheduler and a text embedding (1, 77, W), with seeded random values.
 
-    The architectures are those of the folder `name`, or else those of 2.1-base.
+    The architectures are those of `name` if it is a folder, else those of 2.1-base.
     """
     if os.path.isdir(name):
         vae = AutoencoderKL.load_config(name, subfolder="vae")

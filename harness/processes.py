@@ -1,4 +1,4 @@
-"""The processes that torchrun starts: joining them, their order, their device and its precision."""
+"""torchrun's processes: joining their group, running rank 0 first, choosing device and precision."""
 
 import contextlib
 import datetime
@@ -49,12 +49,12 @@ def process_group() -> Iterator[torch.device]:
         dist.barrier()
         failed = False
     finally:
-        if processes == 1 or not failed:  # after an error the other processes may never join in
+        if processes == 1 or not failed:  # after an error the other processes may never get here
             dist.destroy_process_group()
 
 
 def default_precision(device: torch.device) -> str:
-    """bf16 on a GPU that computes in it, else fp32. Before Ampere CUDA emulates bf16, which is slower than fp32."""
+    """bf16 on a GPU that supports it natively, else fp32. Before Ampere, bf16 is emulated and slower than fp32."""
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return "bf16"
     return "fp32"
@@ -79,7 +79,7 @@ def all_gather_object(value) -> list:
 
 
 def copy_to_device(tensor: torch.Tensor | np.ndarray, device: torch.device) -> torch.Tensor:
-    """A copy on `device`, made without waiting for the GPU's queue."""
+    """Copies to `device` without waiting for queued GPU work."""
     tensor = torch.as_tensor(tensor)
     if device.type == "cuda":
         tensor = tensor.pin_memory()

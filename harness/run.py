@@ -1,4 +1,4 @@
-"""A run in its folder OUT: where it resumes, what it prints and saves, and what stops it. Nothing of the method."""
+"""A training run and its folder OUT: resuming, printing, saving and stopping. None of the method is here."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from harness.recipes import Recipe, as_typed, beyond_the_paper, recipe_of
 from harness.signals import StopSignals
 
 ROOT = Path(__file__).resolve().parents[1]
-METHOD = ("train.py", "condition.py", "model.py", "data.py", "beyond.py")  # the code that decides a run's result
-PATIENCE = 10  # seconds for a late batch after a signal, if other processes need it to end their step
+METHOD = ("train.py", "condition.py", "model.py", "data.py", "beyond.py")  # the code that determines a run's result
+PATIENCE = 10  # seconds to wait for a late batch after a signal, so that all processes can finish the step
 
 
 class Run:
-    """One run. It resumes at `first_step`; if it is `finished`, there is nothing left to do.
+    """A training run. It resumes at `first_step`; if it is `finished`, nothing is left to do.
 
     train.py calls `started` around the training, `restore` for each stage, `record` for each micro-batch, `log` and
     `save` for each step, and `end`.
@@ -64,45 +64,45 @@ class Run:
             print(f"{self.out}: this run is finished; remove that folder to start over")
 
     def scored_on(self) -> str | None:
-        """The benchmark of the scores in OUT, as --mmvp named it; None if there are no scores."""
+        """The --mmvp of the scores in OUT; None if OUT has no scores."""
         with contextlib.suppress(OSError, ValueError, AttributeError):
             if (self.out / "mmvp" / "scores.json").exists():
                 return json.loads((self.out / "args.json").read_text()).get("mmvp")
 
     def check_same_run(self, state: dict, code: dict[str, str]) -> None:
-        """UserError: `state` is that of a run with other settings, images or code."""
+        """Raises UserError if `state` comes from a run with other settings, images or code."""
         differences = []
         for key, value in self.settings.items():
-            before = state["settings"].get(key, getattr(Recipe, key, None))  # a newer option had its default then
+            before = state["settings"].get(key, getattr(Recipe, key, None))  # options added since had their default
             if as_typed(before) != as_typed(value):
                 differences.append(f"{key} {as_typed(before)} there, {as_typed(value)} here")
         if differences:
             raise UserError(
-                f"{self.out}: holds another run ({'; '.join(differences)}); name another --out, or remove that folder"
+                f"{self.out}: holds another run ({'; '.join(differences)}); choose another --out, or remove that folder"
             )
         if state["images"] != self.images:
             raise UserError(
-                f"{self.out}: its run has other images ({state['images']} there, {self.images} here); restore the "
+                f"{self.out}: this run used other images ({state['images']} there, {self.images} here); restore the "
                 f"original --data"
             )
         changed = [name for name in METHOD if state["code"][-1].get(name) != code[name]]
         if changed and self.first_step < self.args.steps:
             if not self.args.changed_code:
                 raise UserError(
-                    f"{self.out}: {', '.join(changed)} changed since this run's last save; name another --out, or "
+                    f"{self.out}: {', '.join(changed)} changed since this run's last save; choose another --out, or "
                     f"resume anyway with --changed-code"
                 )
             self.codes = [*self.codes, dict(step=self.first_step) | code]
 
     @contextlib.contextmanager
     def started(self, clip, diffusion, conditioner: torch.nn.Module, dataset) -> Iterator[None]:
-        """Writes OUT/args.json and prints the plan; within the block a signal stops the run between two steps.
+        """Writes OUT/args.json and prints the plan. In the block, a signal stops the run after the current step.
 
         UserError: OUT cannot be written.
         """
         self.clip, self.conditioner, self.step = clip, conditioner, self.first_step
         if self.is_rank_zero:
-            if self.args.mmvp:  # scores on another benchmark must not pass for this one's
+            if self.args.mmvp:  # do not keep scores of another benchmark
                 (self.out / "mmvp" / "scores.json").unlink(missing_ok=True)
             packages = ("torch", "open_clip_torch", "diffusers", "transformers")
             versions = {name: importlib.metadata.version(name) for name in packages}
@@ -119,8 +119,8 @@ class Run:
     def restore(self, optimizer: torch.optim.Optimizer, step_range: range) -> None:
         """Loads the checkpoint into the conditioner and `optimizer`, if the run resumes within `step_range`.
 
-        At a stage's border the checkpoint has the optimizer of the stage that ended there, so the stage that begins
-        there loads the weights alone.
+        At a stage boundary the checkpoint holds the optimizer of the previous stage, so the next stage loads only the
+        weights.
         """
         self.optimizer = optimizer
         if self.first_step and step_range.start <= self.first_step <= step_range.stop:
@@ -136,14 +136,14 @@ class Run:
         self.metrics.record(loss, batch)
 
     def log(self, step: int, grad_norm: torch.Tensor, lr: float) -> None:
-        """Logs a step that is about to be taken. UserError: not finite, or too many images cannot be read."""
+        """Logs a step before the optimizer takes it. UserError: not finite, or too many unreadable images."""
         self.metrics.log(step, grad_norm, lr)
 
     def save(self, step: int) -> None:
         """Saves the checkpoint every --save-every steps, the CLIP every --keep-every steps, and both at the end.
 
         Raises:
-            Stopped: in every process, once all is saved, if one of them has received a signal.
+            Stopped: in every process, after saving, if any process received a signal.
         """
         self.step = step
         number = torch.tensor(self.signals.number)
@@ -152,30 +152,30 @@ class Run:
         # All processes wait for a save (2.4 GB for ViT-L-14, 5 GB for ViT-H-14), so --save-every is hundreds of steps.
         if self.is_rank_zero and (last or keep or number or step % self.args.save_every == 0):
             # The conditioner trains CLIP's own tower, so `clip` has the trained weights.
-            # CLIPs come before the checkpoint: a run that dies in between takes these steps again.
+            # CLIPs are saved first: a run that dies before the checkpoint is saved repeats these steps.
             if keep:
                 self.clip.save(self.out / f"clip-{step:06}")
             if last:
                 self.clip.save(self.out / "clip")
             self.save_checkpoint()
-            self.metrics.start_clock()  # a save is no part of the next step's time
+            self.metrics.start_clock()  # do not count the save in the next step's time
         if number:
             dist.barrier()
             self.stop(number.item())
 
     def save_checkpoint(self) -> None:
-        """Saves what the last whole step left."""
-        fsync(self.metrics.path)  # its lines are never behind the checkpoint
+        """Saves the state after the last complete step."""
+        fsync(self.metrics.path)  # it must not lag behind the checkpoint
         state = dict(step=self.step, unreadable=self.metrics.unreadable, images=self.images)
         state |= dict(settings=self.settings, code=self.codes)
         save_checkpoint(self.checkpoint, self.conditioner, self.optimizer, state)
 
     def waiting(self) -> None:
-        """Called while a batch is late. After a signal it saves what the last whole step left, and raises Stopped.
+        """Called while a batch is late. After a signal, saves the last complete step and raises Stopped.
 
-        Without it, a run would ignore signals while it waits for a disk that never answers. Weights change only at the
-        end of a step, so rank 0 can save here without the others. With several processes a late batch may still come:
-        its step is then finished first.
+        Without this, a run would ignore signals while it waits for a disk that hangs. Weights change only at the end of
+        a step, so rank 0 can save without the others. With several processes, the late batch first gets PATIENCE
+        seconds to arrive, so that they can finish the step.
         """
         if self.signals.number and time.monotonic() > self.signals.time + (PATIENCE if self.processes > 1 else 0):
             if self.is_rank_zero and self.step > self.first_step:
@@ -191,14 +191,14 @@ class Run:
         """Prints how many images were skipped, where the trained CLIP is, and the next commands."""
         if self.is_rank_zero:
             if self.metrics.unreadable:
-                print(f"\n{self.metrics.unreadable} images could not be read; {self.metrics.path} names them (skipped)")
+                print(f"\n{self.metrics.unreadable} images could not be read: see `skipped` in {self.metrics.path}")
             print("\n" + next_steps(self.args, self.clip))
 
 
 def comparable_settings(args: argparse.Namespace) -> dict:
-    """The settings that must not change when a run is resumed. Of the images, the fingerprint is compared instead.
+    """The settings that must not change on resume. Images are compared by fingerprint instead.
 
-    Paths are resolved, and those in this repository are relative to it, so that a copied or moved repository resumes.
+    Paths are resolved. Those in this repository are relative to it, so that a moved or copied one can resume its runs.
     """
     kept = {k: v for k, v in vars(args).items() if k not in {*MAY_CHANGE_ON_RESUME, "recipe", "data"}}
     for key in ("clip", "diffusion"):
@@ -209,7 +209,7 @@ def comparable_settings(args: argparse.Namespace) -> dict:
 
 
 def code_hashes() -> dict[str, str]:
-    """A hash of each file of METHOD, without comments, docstrings and layout. It may differ between Python versions."""
+    """A hash of each file in METHOD, ignoring comments, docstrings and layout. It may vary with the Python version."""
     hashes = {}
     for name in METHOD:
         tree = ast.parse((ROOT / name).read_bytes())
@@ -245,7 +245,7 @@ def plan(args: argparse.Namespace, first_step: int, clip, diffusion, conditioner
 
 
 def next_steps(args: argparse.Namespace, clip) -> str:
-    """Where the trained CLIP is, and the next commands, in their order."""
+    """Where the trained CLIP is, and the commands to run next."""
 
     def command(script: str, *arguments: str) -> str:
         return shlex.join(["python", os.path.relpath(ROOT / script), *arguments])
@@ -256,7 +256,7 @@ def next_steps(args: argparse.Namespace, clip) -> str:
         lines["no tokenizer"] = clip.tokenizer_error
     elif not (args.mmvp or args.random_weights):
         lines["to score it"] = command("evaluate_mmvp.py", recipe_of(args.clip) or args.clip, folder)
-    if not args.random_weights and (args.mmvp or args.data != ["synthetic"]):  # else there is nothing to see
+    if not args.random_weights and (args.mmvp or args.data != ["synthetic"]):  # what reconstruct.py needs
         lines["to see it"] = command("extras/reconstruct.py", args.out)
     lines["to export it"] = command("extras/export.py", folder, f"{args.out}/transformers")
     lines["its report"] = command("extras/report.py", args.out)

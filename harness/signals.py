@@ -7,22 +7,22 @@ import signal
 import time
 from collections.abc import Iterator
 
-# all that end a process unless it catches them, except the faults of a program (SIGSEGV, SIGABRT, …)
+# signals that end a process by default and can be caught, except those of crashes (SIGSEGV, SIGABRT, …)
 SIGNALS = [signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2]
 SIGNALS += [signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF, signal.SIGXCPU, signal.SIGIO]
 SIGNALS += [signal.Signals[name] for name in ("SIGPWR", "SIGSTKFLT") if name in signal.Signals.__members__]  # Linux
-ECHO = 2  # seconds in which torchrun repeats to its workers a signal that a cluster sends to all processes
+ECHO = 2  # seconds in which torchrun may forward a signal that a cluster already sent to its workers
 
 
 class StopSignals:
-    """`number` is the signal that asks to stop, `time` when it came; `armed` is set once there is something to save."""
+    """`number` is the first signal received, `time` its arrival; `armed` is set once there is something to save."""
 
     def __init__(self):
         self.number, self.time, self.armed = 0, math.inf, False
 
     @contextlib.contextmanager
     def caught(self) -> Iterator[None]:
-        """Catches SIGNALS within the block. One that is ignored, as SIGHUP under nohup, stays ignored."""
+        """Catches SIGNALS within the block. Ignored signals, such as SIGHUP under nohup, stay ignored."""
         default = (signal.SIG_DFL, signal.default_int_handler)
         self.former = {number: signal.getsignal(number) for number in SIGNALS if signal.getsignal(number) in default}
         for number in self.former:
@@ -42,5 +42,5 @@ class StopSignals:
         elif not self.number:
             self.number, self.time = number, time.monotonic()
             if not under_torchrun:
-                for each in self.former:  # the second one is left to the system, which ends even a process that hangs
+                for each in self.former:  # the default action ends even a process that hangs
                     signal.signal(each, signal.SIG_DFL)

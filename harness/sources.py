@@ -1,4 +1,4 @@
-"""Finds images in a folder or in tar shards. Each image can be read on its own; shards are not unpacked."""
+"""Random access to the images in a folder or in tar shards. Shards are not unpacked."""
 
 import contextlib
 import glob
@@ -21,8 +21,8 @@ from harness.pictures import IMAGE_SUFFIXES
 def find_sources(source: Sequence[str], progress: bool = True) -> "ImageFiles | Shards":
     """Opens one folder of images, or shards given as paths, globs or brace lists.
 
-    If any name contains ".tar", files whose names do not are skipped: img2dataset writes a .json and a .parquet next
-    to each shard.
+    If any name contains ".tar", all other files are skipped: img2dataset writes a .json and a .parquet next to each
+    shard.
 
     Raises:
         UserError: a path does not exist, contains no image, or is not an uncompressed tar file.
@@ -82,9 +82,9 @@ def short_hash(*parts: bytes) -> str:
 class ImageFiles:
     """The images below a folder, sorted by path: `len(files)`, `files.read(i)` → bytes, `files.name(i)` → str.
 
-    Links to folders are followed, but no folder is searched twice. `notes` report what is skipped: folders that cannot
-    be read, files without an image's suffix, dangling links, and everything hidden, since .ipynb_checkpoints and .git
-    hold copies of images.
+    Links to folders are followed, but no folder is searched twice. `notes` say what is skipped: unreadable folders,
+    files without an image's suffix, dangling links, and everything hidden (.ipynb_checkpoints and .git hold copies of
+    images).
     """
 
     def __init__(self, folder: str):
@@ -132,7 +132,7 @@ class ImageFiles:
         return Path(self.name(i)).read_bytes()
 
     def fingerprint(self) -> str:
-        """A hash of the relative paths, and of the sizes of a thousand images: all sizes would take minutes to read."""
+        """A hash of the relative paths, and of the sizes of up to a thousand images: reading all takes minutes."""
         some = range(0, len(self), -(-len(self) // 1000))
         sizes = [os.path.getsize(self.name(i)) for i in some]
         return short_hash(self.paths.tobytes(), str(sizes).encode())
@@ -182,7 +182,7 @@ class Shards:
 def shard_index(path: str) -> np.ndarray:
     """Offset and size in bytes of every image in an uncompressed tar, (images, 2) int64, in the tar's order.
 
-    The index is cached in the user's cache folder, below a row with the shard's size and modification time, so that a
+    The index is cached in the user's cache folder. Its first row is the shard's size and modification time, so that a
     changed shard is indexed again.
 
     Raises:
@@ -195,11 +195,11 @@ def shard_index(path: str) -> np.ndarray:
         place = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         place = place if os.path.isabs(place) else os.devnull  # without a home folder nothing is cached
         cache = Path(place, "diva", short_hash(os.fsencode(rule)) + ".npy")
-        with contextlib.suppress(Exception):  # no index, a broken one, or one of another shard
+        with contextlib.suppress(Exception):  # the index is missing, broken or of another shard
             index = np.load(cache, allow_pickle=False)
             fresh = index.dtype == np.int64 and np.array_equal(index[:1], stamp)
             if fresh and index.min() >= 0 and index[1:].max(initial=0) <= stat.st_size:
-                with open(path, "rb") as shard:  # of the same size and time, but another? See the last header
+                with open(path, "rb") as shard:  # another shard may have the same size and time: check the last header
                     shard.seek(index[-1, 0] - 512)
                     header = tarfile.TarInfo.frombuf(shard.read(512), tarfile.ENCODING, "surrogateescape")
                 if header.size == index[-1, 1]:
@@ -208,16 +208,16 @@ def shard_index(path: str) -> np.ndarray:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({one_line(error)})") from None
 
-    # read-only or full: the next start indexes again
+    # if the cache is read-only or full, the next start indexes again
     with contextlib.suppress(UserError), atomic_path(cache) as temporary, open(temporary, "wb") as file:
         np.save(file, np.concatenate([stamp, members]))
     return members
 
 
 def find_images(path: str) -> np.ndarray:
-    """Indexes a shard from its headers, also if it is several tars joined with `cat`.
+    """Indexes a shard from its headers; it may be several tars joined with `cat`.
 
-    Python's tarfile takes any block that is not a header for the end, so `next_tar` checks what follows.
+    Python's tarfile stops at any block that is not a header, so `next_tar` checks what follows.
     """
     rows, start = [], 0
     with open(path, "rb") as file:
@@ -235,7 +235,7 @@ def find_images(path: str) -> np.ndarray:
                             if member.issparse():  # its holes are not stored
                                 raise UserError(f"{path}: {member.name} is sparse; create the tar without tar's -S")
                             rows.append((member.offset_data, member.size))
-                        tar.members.clear()  # it keeps a kilobyte per member
+                        tar.members.clear()  # tarfile keeps a kilobyte per member
                 start = next_tar(file, tar.offset)
         except UserError:
             raise

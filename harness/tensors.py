@@ -1,4 +1,4 @@
-"""Reads files of weights by their content, whatever their names. Pickled code is never executed."""
+"""Reads weight files by their content, whatever their names. Pickled code is never executed."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from safetensors.torch import load_file
 from harness.errors import UserError, one_line
 from harness.hub import fetch
 
-NO_WEIGHTS = re.compile(r"(.*\.)?(input_resolution|context_length|vocab_size|position_ids)")  # OpenAI's, transformers'
-WRAPPERS = re.compile(r"_(orig_mod|(fsdp|checkpoint)_wrapped_module)\.")  # torch's, of single blocks
-FILES = ["open_clip_*.safetensors", "open_clip_*.bin", "model*.safetensors", "pytorch_model*.bin"]  # of a folder, in
-FILES += ["*.safetensors", "*.bin", "*.pth"]  # this order
+# OpenAI's and transformers' files hold these besides the weights
+NO_WEIGHTS = re.compile(r"(.*\.)?(input_resolution|context_length|vocab_size|position_ids)")
+WRAPPERS = re.compile(r"_(orig_mod|(fsdp|checkpoint)_wrapped_module)\.")  # torch adds these to names
+FILES = ["open_clip_*.safetensors", "open_clip_*.bin", "model*.safetensors", "pytorch_model*.bin"]
+FILES += ["*.safetensors", "*.bin", "*.pth"]  # the first pattern that a folder matches is used
 Tensors = dict[str, torch.Tensor]
 
 
 def read_tensors(source: str) -> Tensors:
-    """The tensors of a file, a folder or `hf-hub:OWNER/NAME/PATH` by name; nested dicts give names with dots.
+    """The tensors of a file, a folder or `hf-hub:OWNER/NAME/PATH` by name; keys of nested dicts are joined with dots.
 
     Raises:
-        UserError: it holds no dict of tensors, or it is ambiguous which files are meant.
+        UserError: it holds no dict of tensors, or a folder holds several models.
     """
     path = Path(source)
     if source.startswith("hf-hub:"):
@@ -61,10 +62,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_file(file: Path) -> dict:
-    """The content of a file of safetensors or torch.save, which is recognized by its first bytes.
+    """Reads a safetensors or torch.save file, recognized by its first bytes.
 
     Raises:
-        UserError: the file is of neither format, or broken, or holds something else.
+        UserError: it has neither format, is broken, or holds something else.
     """
     try:
         refuse_placeholder(file)
@@ -74,26 +75,26 @@ def read_file(file: Path) -> dict:
             return load_file(file)
         if head.startswith(b"PK"):  # a zip archive
             with zipfile.ZipFile(file) as archive:
-                if any(name.endswith("/constants.pkl") for name in archive.namelist()):  # as OpenAI publishes its CLIPs
-                    advice = "for OpenAI's weights name ARCH:openai, such as ViT-L-14:openai"
+                if any(name.endswith("/constants.pkl") for name in archive.namelist()):  # as in OpenAI's own files
+                    advice = "for OpenAI's weights use ARCH:openai, such as ViT-L-14:openai"
                     raise UserError(f"{file}: is a TorchScript program, which is not executed; {advice}")
         elif not head.startswith(b"\x80"):  # a pickle
-            raise ValueError("neither safetensors nor torch.save wrote it")
+            raise ValueError("neither a safetensors nor a torch.save file")
         with open(file, "rb") as opened, warnings.catch_warnings(action="ignore"):  # about torch's old file formats
-            content = torch.load(opened, "cpu", weights_only=True)  # not by path: torch looks at the suffix
+            content = torch.load(opened, "cpu", weights_only=True)  # not by path: torch would look at the suffix
         if not isinstance(content, dict):
             raise ValueError(f"expected a dict of tensors, got a {type(content).__name__}")
         return content
     except UserError:
         raise
-    except pickle.UnpicklingError:  # its message advises to execute them
+    except pickle.UnpicklingError:  # its message suggests executing them
         raise UserError(f"{file}: contains pickled objects other than tensors, which are not executed") from None
-    except Exception as error:  # whatever torch and safetensors make of a broken file
+    except Exception as error:  # torch and safetensors raise many kinds on a broken file
         raise UserError(f"{file}: could not be read as weights: {one_line(error).split('. ')[0]}") from error
 
 
 def refuse_placeholder(file: Path) -> None:
-    """UserError for a git-lfs pointer, and for a web page that was saved in place of weights."""
+    """Raises UserError for a git-lfs pointer, or a web page saved in place of weights."""
     with open(file, "rb") as opened:
         head = opened.read(100)
     if head.startswith(b"version https://git-lfs"):
@@ -103,7 +104,7 @@ def refuse_placeholder(file: Path) -> None:
 
 
 def flatten(content: dict, prefix: str = "") -> Tensors:
-    """The tensors of nested dicts, by the dicts' keys joined with dots."""
+    """The tensors of nested dicts; their keys are joined with dots."""
     tensors = {}
     for name, value in content.items():
         if torch.is_tensor(value):
@@ -114,7 +115,7 @@ def flatten(content: dict, prefix: str = "") -> Tensors:
 
 
 def check_names(what: str, missing: Iterable[str], unexpected: Iterable[str], misshapen: Iterable[str]) -> None:
-    """UserError, which begins with `what`, if weights and model do not fit each other."""
+    """Raises UserError, beginning with `what`, if the weights do not fit the model."""
     for problem, names in (("missing", missing), ("unexpected", unexpected), ("wrongly shaped", misshapen)):
         if names := sorted(names):
             raise UserError(f"{what}: {problem} weight {first_of(names)}")

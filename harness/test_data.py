@@ -56,7 +56,7 @@ def test_images_look_as_in_a_viewer():
 
 @pytest.mark.parametrize("order", "<>")
 def test_16_bit_gray_is_the_same_in_training_and_scoring(tmp_path, monkeypatch, order):
-    """Training crops the whole image here. Both must be the 8-bit ramp, which Pillow alone clips to white."""
+    """Here the training crop is the whole image. Both must be the 8-bit ramp; Pillow alone clips it to white."""
     monkeypatch.setattr(data, "random_crop_box", lambda *sides: (0, 0, 1, 1))
     square = RAMP[:, :48]
     image = Image.fromarray((square.astype(np.uint16) * 257).astype(f"{order}u2"))
@@ -69,13 +69,13 @@ def test_16_bit_gray_is_the_same_in_training_and_scoring(tmp_path, monkeypatch, 
 
 
 def exif(kind: int, value: bytes, count: int = 1) -> bytes:
-    """EXIF data with the orientation alone, as a value of that kind."""
+    """EXIF data with only the orientation, stored as a value of type `kind`."""
     return b"Exif\0\0II*\0" + struct.pack("<IHHHI4sI", 8, 1, 0x0112, kind, count, value, 0)
 
 
 @pytest.mark.parametrize("size", [32, 16])  # the latter decodes JPEG at half its size
 def test_images_are_rotated_as_in_a_viewer(monkeypatch, size):
-    """Each orientation against NumPy, in formats with EXIF before or after the pixels."""
+    """Each orientation is compared with NumPy's, in formats with EXIF before or after the pixels."""
     boxes = []
     monkeypatch.setattr(data, "random_crop_box", lambda *sides: boxes.append(sides[:2]) or (0, 0, 1, 1))
     slope = RAMP // 2 + np.arange(48, dtype=np.uint8)[:, None] * 2  # its corners differ
@@ -93,7 +93,7 @@ def test_images_are_rotated_as_in_a_viewer(monkeypatch, size):
 
 
 def test_broken_metadata_loses_no_pixels():
-    """Random bytes, an orientation of the wrong type or out of range, PNG's old form cut short: all are ignored."""
+    """Random bytes, an orientation of the wrong type or out of range, truncated old PNG metadata: all are ignored."""
     image, profile = Image.fromarray(RAMP).convert("RGB"), PngImagePlugin.PngInfo()
     profile.add_text("Raw profile type exif", "\nexif\n 8\n4578")
     broken = [b"\xff" * 30, exif(2, b"6\0\0\0", 2), exif(1, b"\6\0\0\0"), exif(3, b"\x63\0\0\0")]
@@ -102,12 +102,12 @@ def test_broken_metadata_loses_no_pixels():
     for content in files:
         crop = data.decode_crop(content, 32, np.random.default_rng(0))
         assert (crop[:, :, 31] - crop[:, :, 0].int()).min() > 200  # upright: light on the right
-        with pytest.raises(OSError):  # Pillow's many messages for an image cut short
+        with pytest.raises(OSError):  # Pillow has many messages for a truncated image
             data.decode_crop(content[: len(content) * 2 // 3], 32, np.random.default_rng(0))
 
 
 def test_images_of_extreme_sizes(tmp_path):
-    """One pixel, a line of pixels, and a header that announces 900 million of them."""
+    """One pixel, a line of pixels, and a header that claims 900 million of them."""
     for size in ((1, 1), (3000, 1), (1, 3000)):
         assert (data.decode_crop(encoded(Image.new("L", size, 77), "PNG"), 32, np.random.default_rng(0)) == 77).all()
     good = encoded(Image.new("L", (1, 1)), "PNG")
@@ -121,7 +121,7 @@ def test_images_of_extreme_sizes(tmp_path):
 
 @pytest.mark.parametrize("source", ["", "0.tar"])
 def test_postscript_is_refused_and_not_executed(tmp_path, monkeypatch, source):
-    """An EPS file named .jpg, in a folder and in a shard, with a Ghostscript that leaves a file when it is started."""
+    """An EPS file named .jpg, in a folder and in a shard; a fake Ghostscript creates a file when it starts."""
     eps, good = encoded(picture(40), "EPS"), jpeg(picture(40))
     assert eps.startswith(b"%!PS-Adobe")
     started, program = tmp_path / "started", tmp_path / "bin" / "gs"
@@ -157,7 +157,7 @@ def test_suffixes_of_images():
 
 
 def test_a_folder_is_searched_with_its_subfolders(tmp_path, capsys, monkeypatch):
-    folder, elsewhere = tmp_path / ".photos", tmp_path / "elsewhere"  # a hidden folder that is given by name
+    folder, elsewhere = tmp_path / ".photos", tmp_path / "elsewhere"  # hidden, but given by name
     for place in ("a/b", ".git/objects", "a/.ipynb_checkpoints", "folder.jpg"):
         (folder / place).mkdir(parents=True)
     images = ["a/b/y.webp", "a/no_suffix", "a/x.PNG", "z.jpg"]
@@ -256,7 +256,7 @@ def test_tars_joined_with_cat_are_read_to_the_end(tmp_path):
 
 
 def test_incomplete_shards_are_reported_together(tmp_path):
-    """Cut in an image, between two, in a header; a broken header; other bytes after the end; a size of −512."""
+    """Truncated in an image, between two, in a header; a broken header; other bytes after the end; a size of −512."""
     good = write_shard(tmp_path / "good.tar", {f"{i}.jpg": b"12345" for i in range(3)}).read_bytes()
     negative = tarfile.TarInfo("1.jpg")
     negative.size = -512
@@ -297,7 +297,7 @@ def test_links_and_hidden_members_are_ignored(tmp_path):
 
 @pytest.mark.parametrize("format", ["gnu", "posix"])
 def test_a_sparse_member_is_refused(tmp_path, format):
-    """Its bytes are stored without the holes, so they cannot be read from one place."""
+    """Its holes are not stored, so its bytes cannot be read in one piece."""
     with open(tmp_path / "0.bmp", "wb") as file:
         file.write(encoded(Image.new("L", (64, 64)), "BMP"))
         file.truncate(1 << 20)
@@ -311,7 +311,7 @@ def test_a_sparse_member_is_refused(tmp_path, format):
         data.open_images([f"{tmp_path}/0.tar"])
 
 
-@pytest.mark.parametrize("sizes", [[700, 1500], [700, 701]])  # the latter have their headers in the same places
+@pytest.mark.parametrize("sizes", [[700, 1500], [700, 701]])  # the latter have their headers at the same offsets
 def test_a_shard_replaced_by_one_of_the_same_size_and_time_is_indexed_again(tmp_path, sizes):
     path = tmp_path / "0.tar"
     for order in (1, -1):
@@ -324,7 +324,7 @@ def test_a_shard_replaced_by_one_of_the_same_size_and_time_is_indexed_again(tmp_
 
 @pytest.mark.parametrize("cache", ["", "relative", "{}/cache"])
 def test_a_user_without_a_home_reads_shards(tmp_path, monkeypatch, cache):
-    """As with `docker run --user 54321`: the index is cached below XDG_CACHE_HOME if that is usable, else nowhere."""
+    """As with `docker run --user 54321`: the index is cached in XDG_CACHE_HOME if that is usable, else not at all."""
     write_shard(tmp_path / "0.tar", {"0.jpg": b"12345"})
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HOME")
@@ -365,7 +365,7 @@ def test_unreadable_images_are_replaced_and_too_many_stop_the_run(tmp_path):
 
 
 def test_an_exception_ends_the_process_at_once(tmp_path):
-    """Although a read hangs, few files may be open, and TMPDIR is too long for a socket."""
+    """Even if a read hangs, few files can be opened, and TMPDIR is too long for a socket."""
     code = """if True:
         import sys, time, torch, data
         class Images(data.TrainingImages):

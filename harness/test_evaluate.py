@@ -1,4 +1,4 @@
-"""evaluate_mmvp.py around the benchmark: its options, fp32, warnings, and the change of the released reading."""
+"""evaluate_mmvp.py: its options, fp32, warnings, and the change by the released reading."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -44,7 +44,7 @@ def test_each_clip_has_its_recipes_reading(tmp_path, command, readings):
 
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
 def test_scores_are_computed_in_full_fp32(pairs, precision):
-    """The settings at a convolution of the vision tower and in the text tower, and after the call."""
+    """Checks the settings in both towers during the call, and after it."""
     clip, seen, settings = load_clip("miniature"), [], torch.backends.cudnn.allow_tf32
     now = lambda: (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)  # noqa: E731
     for module in (clip.model.visual.conv1, clip.model.ln_final):
@@ -62,7 +62,7 @@ def test_scores_are_computed_in_full_fp32(pairs, precision):
 
 
 def test_the_released_change_is_that_of_the_means(pairs):
-    """Pair by pair, over the draws of each CLIP; the interval is over pairs."""
+    """The mean over each CLIP's draws, pair by pair; the interval is over pairs."""
     cosines = list(np.random.default_rng(0).random((2, 2 + 7, len(pairs), 2, 2), dtype=np.float32))
     before, after = (pairs_right(clip[2:]).mean(0) for clip in cosines)
     types = [pair.type for pair in pairs]

@@ -1,4 +1,4 @@
-"""Bad input of every kind, from arguments to broken files: each ends in one sentence."""
+"""Every kind of bad input, from arguments to broken files, ends in a one-sentence error."""
 
 import errno
 import http.server
@@ -35,7 +35,7 @@ from harness.sources import find_images, shard_index
 
 
 def refused(message: str):
-    """Expects a UserError of one line in which `message`, a regular expression, is found."""
+    """Expects a one-line UserError that contains `message`, a regular expression."""
     return pytest.raises(UserError, match=rf"\A(?=.*{message})[^\n]*\Z")
 
 
@@ -302,7 +302,7 @@ COMMANDS = [f"{path.relative_to(ROOT)}" for path in FILES if 'if __name__ == "__
 WITHOUT_TORCH = """
 import os, runpy, sys
 path = sys.argv[1]
-sys.path[0], sys.modules["torch"] = os.path.dirname(path), None  # None: an import fails
+sys.path[0], sys.modules["torch"] = os.path.dirname(path), None  # None: importing torch fails
 for flag, exit_code in (("--help", 0), ("--no-such-option", 2)):
     sys.argv = [path, flag]
     try:
@@ -315,7 +315,7 @@ print(os.environ.get("GOMP_SPINCOUNT"))
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_answers_before_torch_is_imported(command):
-    """Help on stdout, a typo in one line on stderr. `harness` comes before torch, whose OpenMP reads GOMP_SPINCOUNT."""
+    """Help on stdout, one line for a typo on stderr. `harness` sets GOMP_SPINCOUNT before torch is imported."""
     environment = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     line = [sys.executable, "-c", WITHOUT_TORCH, f"{ROOT / command}"]
     done = subprocess.run(line, env=environment, capture_output=True, text=True)
@@ -333,7 +333,7 @@ LEVELS = ["train", "beyond evaluate_mmvp", "model", "condition data", "harness"]
 
 
 def test_imports_run_downward():
-    """And nothing imports extras/ and miniature/, which import what they need."""
+    """Nothing imports extras/ or miniature/; those may import anything."""
     level = {name: i for i, names in enumerate(LEVELS) for name in names.split()}
     never = {"extras", "miniature"} | {path.stem for path in FILES if path.parent != ROOT}
     for path in [*ROOT.glob("*.py"), *ROOT.glob("harness/*.py")]:
@@ -395,7 +395,7 @@ ODD = [b'"', b",", b"\n", b"\0", b"-", b"9" * 20, b"9" * 5000, b"{", b"[", "é".
 
 
 def mutated(content: bytes, rng: np.random.Generator) -> bytes:
-    """One to eight pieces replaced, removed, repeated or preceded by odd bytes; sometimes truncated."""
+    """Replaces, removes, repeats or prefixes one to eight pieces with odd bytes; sometimes truncates."""
     for _ in range(rng.integers(1, 9)):
         at, length = rng.integers(len(content) + 1), rng.integers(1, 20)
         before, part, after = content[:at], content[at : at + length], content[at + length :]
@@ -435,7 +435,7 @@ def parsers(tmp_path_factory) -> dict:
 @pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["index", "cache", "mmvp", "recap", "state", "checkpoint"])
 def test_no_parser_crashes(parsers, monkeypatch, name, count):
-    monkeypatch.setattr(os, "fsync", lambda handle: None)  # each broken cache is written again
+    monkeypatch.setattr(os, "fsync", lambda handle: None)  # too slow: each broken cache is written again
     path, parse = parsers[name]
     good, rng, refusals = path.read_bytes(), np.random.default_rng(0), 0
     for _ in range(count):

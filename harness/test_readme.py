@@ -1,4 +1,4 @@
-"""What the READMEs tell to type is what the commands take."""
+"""The commands in the READMEs are valid."""
 
 import re
 import shlex
@@ -12,7 +12,7 @@ from harness.recipes import MINIATURE, OPTIONS, flag_of
 ROOT = Path(__file__).parents[1]
 READMES = [ROOT / "README.md", ROOT / "harness" / "RELEASED.md"]
 READMES += [ROOT / folder / "README.md" for folder in ("harness", "extras", "miniature")]
-COMMANDS = {  # each line once, without a shell's loop and comment
+COMMANDS = {  # each line once, without its comment
     line.strip().split("  #")[0].replace("\\\n", " ")
     for readme in READMES
     for line in re.findall(r"^ {4}.*(?:\\\n.*)*$", readme.read_text(), re.MULTILINE)
@@ -37,7 +37,7 @@ def test_train_takes_the_commands(command, monkeypatch):
                                     "extras/feedback.py", "extras/zero_shot.py", "extras/reconstruct.py",
                                     "miniature/make.py", "miniature/experiment.py", "miniature/claims.py"])  # fmt: skip
 def test_options_in_the_readmes_exist(script):
-    """Each word that begins with two hyphens is an option of the command before it, or of train.py."""
+    """Each --option belongs to the command before it, or to train.py."""
     files = [script, "harness/evaluate.py"] if script == "evaluate_mmvp.py" else [script]
     source = "".join((ROOT / file).read_text() for file in files)
     source += "".join(f'"{flag_of(option.name)}"' for option in OPTIONS) + '"--recipe"'

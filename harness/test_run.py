@@ -1,4 +1,4 @@
-"""Fault tolerance: signals, kills, a full disk, broken images; and a resumed run ends in the same bits."""
+"""Fault tolerance: signals, kills, a full disk, broken images; a resumed run is bit-identical."""
 
 import argparse
 import contextlib
@@ -52,7 +52,7 @@ FULL_SIZE = [name for name in RECIPES if name != "miniature"]
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    """A run of STEPS that was not interrupted."""
+    """An uninterrupted run of STEPS."""
     return run(tmp_path_factory.mktemp("whole") / "run", STEPS)
 
 
@@ -95,7 +95,7 @@ def test_a_run_prints_its_plan_and_the_next_steps(tmp_path, capfd):
 
 
 def test_a_run_says_how_long_it_takes_without_the_scoring(tmp_path, monkeypatch, capfd):
-    """Each step takes a minute, but for the first (1,000 seconds), which allocates and compiles."""
+    """Each step takes a minute, except the first (1,000 seconds), which allocates and compiles."""
     clock, events, similarities = iter([0, *range(1000, 10_000, 60)]), [], train.similarities
     monkeypatch.setattr(harness.metrics, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     monkeypatch.setattr(train, "similarities", lambda *args: events.append("scores") or similarities(*args))
@@ -178,7 +178,7 @@ def test_bf16_runs_theta_under_autocast_and_phi_in_bf16(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["miniature", "siglip"])
 def test_grad_checkpointing_keeps_less_and_changes_nothing(tmp_path, name):
-    """Fewer bytes are saved for the backward passes; the result is the same to the bit."""
+    """Fewer bytes are saved for the backward passes; the result is bit-identical."""
     clip, kept, outs = write_siglip(tmp_path / name) if name == "siglip" else name, [], []
     for more in ("", "--grad-checkpointing"):
         tensors = {}
@@ -205,7 +205,7 @@ def test_the_next_steps_work_as_printed(tmp_path, capfd):
 
 @pytest.mark.slow
 def test_a_compiled_run_has_the_same_losses(tmp_path, whole):
-    """Within 1e-5: fp32 sums in another order."""
+    """Within 1e-5: fp32 sums are computed in another order."""
     for a, b in zip(metrics(whole), metrics(run(tmp_path / "run", f"{STEPS} --compile")), strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
@@ -214,7 +214,7 @@ def test_a_compiled_run_has_the_same_losses(tmp_path, whole):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FULL_SIZE)
 def test_a_step_at_full_size(tmp_path, name):
-    """One step of each of the paper's recipes with random weights, and a CLIP that open_clip loads."""
+    """One step of every recipe but `miniature`, with random weights; open_clip loads the saved CLIP."""
     flags = "--random-weights --data synthetic --steps 1 --batch-size 1 --micro-batch 1 --precision bf16"
     out = run(tmp_path / "run", f"--recipe {name} {flags}")
     (line,) = metrics(out)
@@ -251,7 +251,7 @@ def test_a_finished_run_evaluates_once(tmp_path, capsys, monkeypatch, whole):
 
 
 def test_the_command_compares_two_clips(tmp_path, monkeypatch, capsys):
-    """The same scores as the run's own; each figure is compared with that computed again from pairs.csv."""
+    """The same scores as the run's own; each figure is recomputed from pairs.csv."""
     mmvp, scores = write_mmvp(tmp_path / "mmvp"), tmp_path / "scores"
     header, *lines = (MINIATURE / "mmvp" / "Questions.csv").read_text().splitlines(True)
     lines = [line for i, line in enumerate(lines) if i % 200 < 10]  # 5 pairs of each type
@@ -275,7 +275,7 @@ def test_the_command_compares_two_clips(tmp_path, monkeypatch, capsys):
         right = (a > b) & (d > c)
         assert right.tolist() == [row[f"{embedding} right"] == "1" for row in rows]
         before, after = right.reshape(2, 45)
-        averages = [100 * before.mean(), 100 * after.mean()]  # all types have as many pairs
+        averages = [100 * before.mean(), 100 * after.mean()]  # all types have the same number of pairs
         assert [clip[embedding]["average"] for clip in clips] == pytest.approx(averages)
         assert all(f"{average:.1f}" in said for average in averages)
         assert (change["won"], change["lost"]) == (sum(after & ~before), sum(before & ~after))
@@ -303,7 +303,7 @@ def test_shards_that_change_while_they_are_read_are_skipped(tmp_path, monkeypatc
     assert said.err.count(f"cannot read {names[0]}: replaced by another image") == said.err.count("cannot read") == 1
     assert f"\n{len(names)} images could not be read" in said.out
     write_shard(tmp_path / "07.tar", files)
-    with refused("its run has other images"):
+    with refused("this run used other images"):
         run(tmp_path / "run", flags)
 
 
@@ -338,7 +338,7 @@ def test_a_run_that_dies_in_a_save_resumes_in_the_same_bits(tmp_path, monkeypatc
 
 
 def test_a_full_disk_costs_nothing_but_time(tmp_path, monkeypatch, whole):
-    """The second save does not fit: a sentence, and the first one is intact; with more room the run resumes."""
+    """The second save does not fit: one sentence, and the first save is intact; with more room the run resumes."""
     size, (soft, hard) = (whole / "checkpoint.pt").stat().st_size, resource.getrlimit(resource.RLIMIT_FSIZE)
     with monkeypatch.context() as patch, refused("checkpoint.pt: could not be written"):
         at_loss(patch, 3, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, hard)))
@@ -382,7 +382,7 @@ def test_changed_code_is_refused_by_name_or_recorded(tmp_path, monkeypatch):
     out, hashes = tmp_path / "run", harness.run.code_hashes()
     stop_run(monkeypatch, out, 2, "SIGINT")
     monkeypatch.setattr(harness.run, "code_hashes", lambda: hashes | {"train.py": "edited"})
-    with refused(r"run: train.py changed since .*; name another --out, or resume anyway with --changed-code"):
+    with refused(r"run: train.py changed since .*; choose another --out, or resume anyway with --changed-code"):
         run(out, STEPS)
     run(out, f"{STEPS} --changed-code")
     code = json.loads((out / "args.json").read_text())["code"]
@@ -414,7 +414,7 @@ def test_paths_in_the_repository_are_compared_relative_to_it(tmp_path, monkeypat
 
 def test_a_run_of_the_former_form_is_refused(tmp_path):
     (tmp_path / "checkpoint").mkdir()
-    with refused("an earlier version wrote this run; it cannot be resumed; remove it"):
+    with refused("written by an earlier version, so it cannot be resumed; remove the folder"):
         run(tmp_path)
 
 
@@ -428,7 +428,7 @@ def test_a_disk_without_permissions_and_fsync_keeps_a_run(tmp_path, monkeypatch)
 
 
 def test_clips_are_kept_along_a_run(tmp_path, monkeypatch):
-    """The last one has the weights of its step, at which the run is stopped; OUT/clip is not written yet."""
+    """The run is stopped at the last one, which has the weights of that step; OUT/clip is not written yet."""
     stop_run(monkeypatch, tmp_path, 4, "SIGUSR1", "--keep-every 2")
     assert sorted(path.name for path in tmp_path.glob("clip*")) == ["clip-000002", "clip-000004"]
     kept, stopped = open_clip.create_model(f"local-dir:{tmp_path}/clip-000004"), weights(tmp_path)
@@ -443,7 +443,7 @@ def test_every_signal_asks_to_stop_unless_it_is_ignored(number):
         signal.raise_signal(number)
         assert signals.number == number and signal.getsignal(number) == signal.SIG_DFL  # a second one ends the process
     assert signal.getsignal(number) == usual
-    signal.signal(number, signal.SIG_IGN)  # as SIGHUP under nohup
+    signal.signal(number, signal.SIG_IGN)  # like SIGHUP under nohup
     try:
         with StopSignals().caught():
             assert signal.getsignal(number) == signal.SIG_IGN
@@ -484,7 +484,7 @@ def test_a_signal_while_a_batch_never_comes_saves_the_last_whole_step(tmp_path, 
 
 
 def as_rank_zero(monkeypatch, processes: int, store: dist.Store) -> None:
-    """As if torchrun had started this process as the first of a node, one of `processes`."""
+    """Pretends that torchrun started this process as rank 0 of `processes`, alone on its node."""
     monkeypatch.setattr(harness.processes, "rendezvous", lambda url: iter([(store, 0, processes)]))
     for name, value in dict(RANK=0, WORLD_SIZE=processes, LOCAL_WORLD_SIZE=1, TORCHELASTIC_RESTART_COUNT=3).items():
         monkeypatch.setenv(name, f"{value}")
@@ -550,7 +550,7 @@ def faulty(script: Path, fault: str) -> Path:
 
 
 def test_a_lost_terminal_stops_a_run(tmp_path):
-    """SIGHUP comes, and writing to the terminal fails. Threads still read the batches of the step, which ends."""
+    """SIGHUP arrives, and writing to the terminal fails. Threads still read the step's batches, so it finishes."""
     master, terminal = os.openpty()
     flags = "--steps 1000 --batch-size 16 --micro-batch 2 --states 1 --workers 2"
     command = f"{sys.executable} train.py {SMALL} {tmp_path}/run {flags}"
@@ -587,7 +587,7 @@ def whole_of_two(tmp_path_factory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"])
 def test_torchrun_stops_and_resumes(tmp_path, whole_of_two, name):
-    """A signal to torchrun of two processes: both stop, one sentence, and the same bits after the run resumes."""
+    """A signal to torchrun stops both processes with one sentence; the resumed run ends like an uninterrupted one."""
     out = tmp_path / "run"
     command = f"{TORCHRUN} --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGUSR1 train.py {SMALL} {out} {LONG}"
     process = start(command, out, 30)
@@ -654,7 +654,7 @@ def test_one_process_that_fails_ends_all_and_its_error_is_shown(tmp_path, fault,
 
 @pytest.mark.slow
 def test_sigkill_at_twenty_moments(tmp_path):
-    """Killed at random moments and in saves: every run ends in the bits of the undisturbed one."""
+    """Killed at random moments and during saves, every run ends bit-identical to an undisturbed one."""
     command = f"{sys.executable} train.py {SMALL} {{}} --steps 16 --save-every 1"
     finish(command.format(tmp_path / "whole"))
     rng, kills, inside, runs = np.random.default_rng(0), 0, 0, 0

@@ -10,7 +10,7 @@ from harness.scores import bootstrap_means, draws_in_words, mcnemar, percentile_
 
 @pytest.mark.parametrize("shape", [(), (3, 2)])
 def test_the_bootstrap_draws_with_replacement(shape):
-    """Against drawing indices: the mean, its standard deviation and its 95% interval."""
+    """Compared with drawing indices: the mean, its standard deviation and its 95% interval."""
     outcomes = np.random.default_rng(0).integers(0, 3, (60, *shape))
     drawn = outcomes[np.random.default_rng(1).integers(60, size=(10_000, 60))].mean(1)
     means = bootstrap_means(outcomes, np.random.default_rng(2))

@@ -37,7 +37,7 @@ SIZES = r"\d+|tiny|small|medium|base|x*large|giant(opt)?|gigantic|enormous|so400
 
 
 def shapes_of(name: str) -> torch.nn.Module:
-    """A vision tower on the meta device; only the first of its blocks, since the others keep the shapes."""
+    """A vision tower on the meta device; with only its first block, since the others do not change the shapes."""
     config = open_clip.get_model_config(name)
     vision = config["vision_cfg"]
     if isinstance(vision.get("layers"), int):
@@ -53,9 +53,9 @@ def shapes_of(name: str) -> torch.nn.Module:
 
 @pytest.mark.parametrize("ignored", [SIZES, pytest.param("^$", marks=pytest.mark.slow)], ids=["kinds", "sizes"])
 def test_all_transformers_of_open_clip_can_be_trained(ignored):
-    """P is the number of patches on the tower's grid; the refused architectures are known by name.
+    """P is the number of patches on the tower's grid; the refused architectures are those in REFUSED.
 
-    Towers that differ only in what is ignored share one test; each of the 23 kinds is tested, and if slow each size.
+    Towers that differ only in what `ignored` matches are tested once: 23 kinds, or each size in the slow test.
     """
     names, towers = open_clip.list_models(), {}
     for name in names:
@@ -102,7 +102,7 @@ FULL = ["EVA02-B-16", "PE-Core-T-16-384", "ViTamin-S", "MobileCLIP2-B"]
     ],
 )
 def test_a_tower_is_trained_saved_and_reloaded(tmp_path, monkeypatch, name, depth):
-    """Each parameter learns; OUT/clip gives open_clip the same features, and the benchmark the same cosines."""
+    """Each parameter changes; the CLIP in OUT/clip has the same features in open_clip, and the same cosines."""
     config = open_clip.get_model_config(name)
     vision = config["vision_cfg"]
     if depth and "timm_model_name" in vision:
@@ -129,7 +129,7 @@ def test_a_tower_is_trained_saved_and_reloaded(tmp_path, monkeypatch, name, dept
 
 @pytest.mark.parametrize("tag", ["openai", "webli", "datacomp1b", "meta", "dfndr2b", "datacompdr"])
 def test_a_batch_is_preprocessed_as_open_clip_preprocesses_an_image(tag):
-    """The published mean, std and interpolation of each family, within the rounding of Pillow's 8 bits."""
+    """With each family's published mean, std and interpolation, up to Pillow's rounding to 8 bits."""
     names = dict(openai="ViT-B-16", webli="ViT-B-16-SigLIP", datacomp1b="ViT-L-14-CLIPA", meta="PE-Core-T-16-384")
     names |= dict(dfndr2b="MobileCLIP2-L-14", datacompdr="MobileCLIP-B")
     with NoInit():

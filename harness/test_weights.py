@@ -50,7 +50,7 @@ def write_tiny_siglip(folder: Path) -> Path:
 
 
 def perturbed(clip: model.Clip) -> model.Clip:
-    """Makes all weights different: those of a fresh CLIP's biases are all 0, those of its norms 1."""
+    """Perturbs all weights: a fresh CLIP's biases are all 0, and the weights of its norms all 1."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in clip.model.parameters():
@@ -316,7 +316,7 @@ def test_an_architecture_alone_takes_a_whole_clip(tmp_path, capsys, after):
     assert f"tiny-arch@{tmp_path}/whole.pth: {assumed}" in capsys.readouterr().err
     random = model.load_clip("tiny-arch", random_weights=True)
     assert random.image_size == 64 and random.tokenizer_error.startswith("no tokenizer with --random-weights")
-    with refused("tower.pth: holds only the vision tower; for a text tower, name ARCH:TAG"):
+    with refused("tower.pth: holds only the vision tower; for the text tower, put ARCH:TAG"):
         model.load_clip(f"tiny-arch@{write(tmp_path / 'tower.pth', tower(after))}")
 
 
@@ -411,7 +411,7 @@ def test_a_truncated_file_is_refused(tmp_path, after, suffix, share):
 @pytest.mark.parametrize(
     "content, message",
     [
-        (b"epoch 1, loss 0.1\n", "could not be read as weights: neither safetensors nor torch.save wrote it"),
+        (b"epoch 1, loss 0.1\n", "could not be read as weights: neither a safetensors nor a torch.save file"),
         (b"version https://git-lfs.github.com/spec/v1\noid\n", "is a git-lfs pointer.*git lfs pull"),
         (b"\n<!DOCTYPE html><html>", "is a web page"),
         (saved([1, 2]), "could not be read as weights: expected a dict of tensors, got a list"),
@@ -472,7 +472,7 @@ def test_all_weights_of_the_diffusion_model_are_loaded(phi, part):
 @pytest.mark.parametrize(
     "part, values, message",
     [
-        ("scheduler", dict(beta_start=None), "its scheduler, a DDPMScheduler, has no noise schedule of DDPM's kind"),
+        ("scheduler", dict(beta_start=None), "its scheduler, a DDPMScheduler, has no DDPM noise schedule"),
         ("scheduler", dict(beta_schedule=None), "expected beta_end, beta_schedule, beta_start, num_train_timesteps in"),
         ("scheduler", dict(_class_name="FlowMatchEulerDiscreteScheduler"), "a FlowMatchEulerDiscreteScheduler, has no"),
         ("scheduler", dict(prediction_type="flow_prediction"), "not a Stable Diffusion 1.x or 2.x: it predicts flow"),

@@ -1,4 +1,4 @@
-"""Reads published weights of a CLIP under open_clip's names; renames them to transformers' names for the export.
+"""Reads a CLIP's published weights into open_clip's names; renames them to transformers' names for the export.
 
 A file or a folder (see harness/tensors.py) holds one of these:
 
@@ -6,8 +6,8 @@ A file or a folder (see harness/tensors.py) holds one of these:
     the vision tower alone     under the same names, with or without the prefix `visual.` or `vision_model.` (un²CLIP's)
 
 They may be nested in something else, such as a training state (`state_dict`, `model`, `ema`, …) or the released DIVA's
-whole model: the CLIP is found by its vision tower, of which there must be exactly one, and everything else is ignored
-with a warning. transformers' CLIPVisionModel has no projection and is refused; use its CLIPModel or its
+whole model. The CLIP is found by its vision tower; there must be exactly one. Everything else is ignored with a
+warning. transformers' CLIPVisionModel has no projection and is refused; use its CLIPModel or its
 CLIPVisionModelWithProjection.
 """
 
@@ -36,12 +36,12 @@ NAMES = [  # regular expressions, applied in this order: open_clip's and timm's 
     (r"\.(positional_embedding|pos_embed)$", ".embeddings.position_embedding.weight"),
     (r"\.(transformer\.res)?blocks\.", ".encoder.layers."),
     (r"\.(ln_|norm)([12])\.", r".layer_norm\2."),
-    (r"\.attn\.(in_proj_|qkv\.)", ".self_attn.qkv."),  # three of transformers': q_proj, k_proj, v_proj
+    (r"\.attn\.(in_proj_|qkv\.)", ".self_attn.qkv."),  # in transformers q_proj, k_proj, v_proj
     (r"\.attn\.(out_)?proj\.", ".self_attn.out_proj."),
     (r"\.mlp\.c_fc\.", ".mlp.fc1."),
     (r"\.mlp\.c_proj\.", ".mlp.fc2."),
     (r"\.attn_pool\.latent$", ".head.probe"),
-    (r"\.attn_pool\.(q|kv)\.", ".head.attention.in_proj_"),  # two of timm's in one: q above k and v
+    (r"\.attn_pool\.(q|kv)\.", ".head.attention.in_proj_"),  # in transformers one tensor: q, then k and v
     (r"\.attn_pool\.proj\.", ".head.attention.out_proj."),
     (r"\.attn_pool\.norm\.", ".head.layernorm."),
     (r"\.attn_pool\.mlp\.", ".head.mlp."),
@@ -51,7 +51,7 @@ NAMES = [  # regular expressions, applied in this order: open_clip's and timm's 
 def replace_weights(model: torch.nn.Module, source: str, whole: bool = False) -> None:
     """Replaces a CLIP's weights with those of a file, a folder or `hf-hub:OWNER/NAME/PATH`.
 
-    Warns if they are the CLIP's own weights. With `whole`, the model has no weights yet, so a vision tower alone is
+    Warns if they equal the CLIP's own weights. With `whole`, the model has no weights yet, so a vision tower alone is
     refused.
 
     Raises:
@@ -59,7 +59,7 @@ def replace_weights(model: torch.nn.Module, source: str, whole: bool = False) ->
     """
     before, weights = model.state_dict(), read_weights(source, model)
     if whole and len(weights) < len(before):
-        raise UserError(f"{source}: holds only the vision tower; for a text tower, name ARCH:TAG before the @")
+        raise UserError(f"{source}: holds only the vision tower; for the text tower, put ARCH:TAG before the @")
     if not whole and all(torch.equal(value, before[name]) for name, value in weights.items()):
         warn(f"{source}: the same weights as this CLIP's own")
     model.load_state_dict(weights, strict=False)  # only the text tower may be missing
@@ -87,7 +87,7 @@ def read_weights(source: str, model: torch.nn.Module) -> Tensors:
     weights, misshapen = {}, []
     for name in expected.keys() & tensors.keys():
         value, own = tensors[name], expected[name]
-        if value.squeeze().shape == own.squeeze().shape:  # timm has an axis of one that transformers lacks
+        if value.squeeze().shape == own.squeeze().shape:  # timm has an axis of size 1 that transformers lacks
             weights[name] = value.reshape(own.shape).to(own)
         else:
             misshapen.append(f"{name} {tuple(value.shape)} instead of {tuple(own.shape)}")
@@ -97,10 +97,10 @@ def read_weights(source: str, model: torch.nn.Module) -> Tensors:
 
 
 def find_clip(source: str, tensors: Tensors, model: torch.nn.Module) -> Tensors:
-    """The CLIP among `tensors`: drops the prefix of its names, and adds `visual.` to those of a tower alone.
+    """The CLIP in `tensors`, without its names' prefix; a tower alone gets the prefix `visual.` or `vision_model.`.
 
     Raises:
-        UserError: there are two.
+        UserError: there are several.
     """
     def reads_pixels(weight: torch.Tensor) -> bool:  # a vision tower's first convolution; a U-Net's reads latents
         return weight.ndim == 4 and weight.shape[1] == 3
@@ -109,7 +109,7 @@ def find_clip(source: str, tensors: Tensors, model: torch.nn.Module) -> Tensors:
     ours = next(name for name, weight in state.items() if reads_pixels(weight))  # `conv1.weight` of a ViT
     theirs = transformers_name(f"visual.{ours}").removeprefix("vision_model.")
     ends = {f"visual.{ours}": "", f"vision_model.{theirs}": "", ours: "visual.", theirs: "vision_model."}
-    prefixes = {}  # of each vision tower → what its names lack
+    prefixes = {}  # of each vision tower → what to prepend to its names
     for name, weight in tensors.items():
         end = next((end for end in ends if f".{name}".endswith(f".{end}")), None)
         if end and reads_pixels(weight):
@@ -127,7 +127,7 @@ def find_clip(source: str, tensors: Tensors, model: torch.nn.Module) -> Tensors:
 
 
 def beginning(name: str, prefix: str) -> str:
-    """A name up to its first part that differs from the prefix: `class_model.final_fc` for `class_model.model.`."""
+    """A name up to the first part that differs from the prefix: `class_model.final_fc` for `class_model.model.`."""
     parts = name.split(".")
     return ".".join(parts[: len(os.path.commonprefix([parts, prefix.split(".")])) + 1])
 
@@ -147,7 +147,7 @@ def to_transformers(weights: Tensors) -> Tensors:
         if ".qkv." in name:
             renamed |= {name.replace("qkv", f"{p}_proj"): part.clone() for p, part in zip("qkv", value.chunk(3))}
         elif name in renamed:
-            renamed[name] = torch.cat([renamed[name], value])  # the pooling's k and v join its q
+            renamed[name] = torch.cat([renamed[name], value])  # the pooling's q, then its k and v
         elif name.endswith("_projection.weight"):
             renamed[name] = value.T.contiguous()
         else:
@@ -158,7 +158,7 @@ def to_transformers(weights: Tensors) -> Tensors:
 
 
 def from_transformers(weights: Tensors, names: list[str]) -> Tensors:
-    """The inverse, for a CLIP whose weights have these `names`. Other weights keep transformers' name."""
+    """The inverse, for a CLIP whose open_clip weights have these `names`. Weights without a match keep their name."""
     renamed, used = {}, set()
     for ours in names:
         name = transformers_name(ours)

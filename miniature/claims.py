@@ -1,17 +1,17 @@
-"""The four claims of the paper's abstract, on scenes that no training has seen, for CLIP before and after.
+"""Tests the four claims of the paper's abstract on unseen scenes, with CLIP before and after training.
 
     python miniature/claims.py                       # the CLIP of the default run, runs/miniature/clip
     python miniature/claims.py CLIP --before CLIP    # any other CLIP of a miniature
 
-**Fine-grained perception**: the pair score on other pairs. **Multimodal language models** read patch tokens, so a
-linear reader reads the nine details from the mean patch token and from all tokens; and from the class token, which such
-models do not read. **Segmentation**: a linear reader labels each patch token as background or one of the ten classes;
-the mean IoU of these eleven. **Zero-shot ability kept**: class accuracy, and the retrieval of one full caption or
-picture among all. The paper's figures are of other tasks: compare only whether there is a gain.
+**Fine-grained perception**: the pair score on unseen pairs. **Multimodal language models** read patch tokens: a linear
+probe predicts the nine details from the mean patch token and from all tokens; also from the class token, which such
+models do not read. **Segmentation**: a linear probe labels each patch token as background or one of the ten classes;
+the score is the mean IoU of these eleven. **Zero-shot ability kept**: class accuracy, and the retrieval of one full
+caption or picture among all. The paper's figures are of other tasks: compare only whether there is a gain.
 
-The 95% interval of a change is a paired bootstrap over pairs or scenes. A gain holds if its interval is above zero, and
-does not hold if the interval includes zero but no gain of a point. "Kept" holds if the interval includes no loss of a
-point, and does not hold if it includes such a loss and only losses. Otherwise the claim is not shown.
+The 95% interval of a change is a paired bootstrap over pairs or scenes. A gain "holds" if the interval is above zero,
+and "does not hold" if it reaches zero but stays below +1 point. "Kept" holds if the interval stays above −1 point, and
+does not hold if it reaches −1 but stays below zero. Otherwise the claim is "not shown".
 
 Seeds of scenes, each used for one thing: --seed + 1 (training the models), 2 (the benchmark), 3 (the images), 10 to 14
 (`make.py check`), 20, 31, 100 to 105 (`experiment.py`), 41 to 49 (tests), 60 and 61 (here), 62 and 63 (`keeps.py`).
@@ -32,11 +32,11 @@ from harness.recipes import MINIATURE, locate_clip
 def read_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.error = usage_error
-    parser.add_argument("clip", nargs="?", default="runs/miniature/clip", metavar="CLIP", help="after (%(default)s)")
-    parser.add_argument("--before", default=f"{MINIATURE}/clip", metavar="CLIP", help="before (%(default)s)")
+    parser.add_argument("clip", nargs="?", default="runs/miniature/clip", metavar="CLIP", help="trained (%(default)s)")
+    parser.add_argument("--before", default=f"{MINIATURE}/clip", metavar="CLIP", help="untouched (%(default)s)")
     args = parser.parse_args(argv)
     if args.clip == parser.get_default("clip") and not Path(args.clip).exists():
-        raise UserError(f"{args.clip}: not found; run `python train.py` first, or name a CLIP")
+        raise UserError(f"{args.clip}: not found; run `python train.py` first, or pass a CLIP")
     for name in (args.before, args.clip):
         locate_clip(name)
     return args
@@ -93,9 +93,9 @@ def draw_scenes(count: int, seed: int) -> tuple[np.ndarray, list, np.ndarray]:
 
 @torch.no_grad()
 def measure(clip: Clip, drawn: tuple, pairs: list, fitted: int) -> dict[str, np.ndarray]:
-    """The outcomes of each of ROWS, (pairs or scenes, groups, 2): the count of what is right, and of all.
+    """The outcomes of each of ROWS, (pairs or scenes, groups, 2): how many are right, and of how many.
 
-    The readers are fitted to the first `fitted` scenes and read the others.
+    The probes are fitted to the first `fitted` scenes and tested on the others.
     """
     scenes, pictures, labels = drawn
     rows, types = {}, np.array([pair.type for pair in pairs])
@@ -127,13 +127,13 @@ def measure(clip: Clip, drawn: tuple, pairs: list, fitted: int) -> dict[str, np.
 
 
 def answers(right: np.ndarray) -> np.ndarray:
-    """Outcomes in `measure`'s form of single answers, (n,) or (n, groups) bool."""
+    """Single answers, (n,) or (n, groups) bool, as the outcomes of `measure`."""
     right = right.reshape(len(right), -1)
     return np.stack([right, np.ones_like(right)], -1)
 
 
 def score(outcomes: np.ndarray) -> np.ndarray:
-    """The mean over groups of right / all, in percent, of the scenes' summed or mean outcomes (..., groups, 2)."""
+    """The mean of right / all over groups, in percent; `outcomes` (..., groups, 2) are sums or means over scenes."""
     return 100 * (outcomes[..., 0] / outcomes[..., 1]).mean(-1)
 
 

@@ -1,4 +1,4 @@
-"""What in the method carries the effect, measured on the miniature: train.py itself, row by row, over seeds.
+"""Ablations on the miniature: which parts of the method carry the gain. Each row runs train.py over several seeds.
 
     python miniature/experiment.py                                          # all rows but "another CLIP…", five seeds
     python miniature/experiment.py --rows "as the recipe" "no penalty --recap none" --seeds 1 2 3
@@ -6,16 +6,16 @@
     python miniature/experiment.py --seeds 0 --pairs-seed 31 --out runs/choose \\
         --rows "the paper's recipe --lr "{5e-6,5e-5,5e-4}{," --recap all"}  # a grid: bash expands the braces
 
-A row is a name of ROWS, or a pattern of names; flags of train.py may follow it. Each trained CLIP is measured on 3,600
-pairs and 3,000 pictures that no training has seen, and compared with the untouched CLIP. Finished runs are kept in OUT
-and not repeated. Choose settings with `--pairs-seed 31`, and report them on the default pairs (seed 20).
+A row is a name in ROWS or a pattern of names; flags of train.py may follow it. Each trained CLIP is tested on 3,600
+unseen pairs and 3,000 unseen pictures, and compared with the untouched CLIP. Results are kept in OUT, and finished runs
+are not repeated. Choose settings with `--pairs-seed 31`, and report them on the default pairs (seed 20).
 
-The table gives, for each row, the mean over its seeds: the change of the pair score in points for both embeddings, ±
-its standard error over pairs and, for several seeds, ± over seeds; the change of zero-shot class accuracy in points;
-the training loss over the first and the last tenth of the steps that train CLIP. A second table gives the change of
-`cls` by type.
+For each row the table shows means over its seeds: the change of the pair score in points for both embeddings, ± its
+standard error over pairs and, for several seeds, ± over seeds; the change of zero-shot class accuracy in points; the
+training loss over the first and the last tenth of the steps that train CLIP. A second table shows the change of `cls`
+by type.
 
-`--flags` adds flags to all rows, and may name another CLIP, such as `--flags "--clip second/clip --diffusion
+`--flags` adds flags to all rows, and may choose another CLIP, such as `--flags "--clip second/clip --diffusion
 second/diffusion --data second/images.tar"` for a second world.
 """
 
@@ -33,7 +33,7 @@ from harness.options import parse_args
 from harness.recipes import RECIPES
 
 OTHER, STEPS = "--diffusion other/diffusion", RECIPES["miniature"].steps
-CAPTIONS = "right captions"  # no feedback: models.learn_captions
+CAPTIONS = "right captions"  # trained on captions, without φ: models.learn_captions
 CONTROL = "another image"  # rows with this in their name use the condition of the previous image of the batch
 ROWS = {
     "as the recipe": "",
@@ -80,12 +80,12 @@ def read_args(argv: list[str] | None = None) -> argparse.Namespace:
         if not names:
             raise UserError(f"--rows {row}: no such row; the rows are {'; '.join(ROWS)}")
         for name in names:
-            full_name = (name + dashes + more).replace("/", ":")  # a part of a file's name
+            full_name = (name + dashes + more).replace("/", ":")  # it becomes part of a file name
             args.rows[full_name] = f"{ROWS[name]}{dashes}{more} {args.flags}"
     for row, flags in args.rows.items():
-        run_settings(row, flags, 0, args.out)  # raises what train.py would raise, before any run
+        run_settings(row, flags, 0, args.out)  # refuse bad flags before any run
         if OTHER in flags and not Path("other/diffusion").is_dir():
-            raise UserError("other/diffusion: not found; make it as the docstring of make.py says")
+            raise UserError("other/diffusion: not found; the docstring of make.py says how to make it")
     return args
 
 
@@ -124,14 +124,14 @@ from train import denoising_loss
 
 
 def measure(folder: str, mmvp: str) -> dict:
-    """A CLIP on what no training has seen: pairs right (embeddings, pairs), and class accuracy in percent."""
+    """Tests a CLIP on unseen data: pairs right (embeddings, pairs), and class accuracy in percent."""
     clip = load_clip(folder, device=str(DEVICE))
     right = pairs_right(similarities(clip, read_mmvp(mmvp), DEVICE, batch_size=250, progress=False))
     return dict(right=right.astype(int).tolist(), accuracy=unseen_accuracy(clip))
 
 
 def run(row: str, flags: str, seed: int, out: Path) -> None:
-    """One training and its measurement, written to OUT/ROW-SEED.json."""
+    """Trains a CLIP, tests it, and writes OUT/ROW-SEED.json."""
     torch.set_num_threads(1)
     settings, losses = run_settings(row, flags, seed, out), []
     folder = Path(settings.out)
@@ -187,13 +187,13 @@ def table(rows: Iterable[str], seeds: list[int], out: Path) -> str:
 
 
 def write_benchmark(args: argparse.Namespace) -> None:
-    """Writes OUT's pairs, and measures the untouched CLIP. UserError: OUT has other pairs or flags."""
+    """Writes OUT's pairs, and tests the untouched CLIP. UserError: OUT has other pairs or flags."""
     of = dict(pairs=args.pairs, pairs_seed=args.pairs_seed, flags=args.flags)
     file = args.out / "before.json"
     if file.exists():
         there = json.loads(file.read_text())["of"]
         if there != of:
-            raise UserError(f"--out {args.out}: measured with {there}, not {of}; name another folder")
+            raise UserError(f"--out {args.out}: measured with {there}, not {of}; choose another folder")
         return
     shutil.rmtree(args.out / "mmvp", ignore_errors=True)
     (args.out / "mmvp").mkdir(parents=True)

@@ -1,12 +1,12 @@
-"""The gates: what has to hold for a world to be worth an experiment. `make.py check` prints them.
+"""Four gates that a world must pass to be worth an experiment. `make.py check` prints them.
 
-    1  CLIP knows classes (zero-shot, ≥ 85%) but overlooks details (pair score from 25 to 60), and can be helped: 100
+    1  CLIP knows classes (zero-shot, ≥ 85%) but overlooks details (pair score from 25 to 60), and can learn them: 100
        steps of its vision tower on full captions raise the pair score
-    2  the VAE keeps the details: a linear reader reads them from latents and reconstructions nearly as well as from the
-       images
-    3  the diffusion model reads its captions: its loss is higher where one detail of a caption is wrong (z > 5 for
-       seven of nine); and it reads the end token alone, which brings 90% of what the whole caption brings
-    4  pictures that it draws from captions look like their captions (to be judged by eye)
+    2  the VAE keeps the details: a linear probe predicts them from latents and reconstructions nearly as well as from
+       the images
+    3  the diffusion model reads its captions: its loss is higher if one detail of a caption is wrong (z > 5 for at
+       least seven of nine); and it reads the end token alone, which lowers the loss 90% as much as the whole caption
+    4  pictures that it draws from captions match them (judged by eye)
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def gate(text: str, passed: bool) -> None:
 
 
 def check_clip(folder: Path, scenes: np.ndarray, pixels: torch.Tensor) -> None:
-    """Gate 1. The scenes and pixels are for 100 steps on full captions."""
+    """Gate 1. Trains on the scenes and pixels for 100 steps with full captions."""
     print("1  CLIP knows classes but overlooks details")
     clip = load_clip(str(folder), device=str(DEVICE))
     accuracy = unseen_accuracy(clip)
@@ -71,7 +71,7 @@ def check_clip(folder: Path, scenes: np.ndarray, pixels: torch.Tensor) -> None:
 @torch.no_grad()
 def check_vae(vae, scenes: np.ndarray, pixels: torch.Tensor) -> torch.Tensor:
     """Gate 2. Returns the latents (n, 4, 8, 8)."""
-    print("2  the VAE keeps the details: a linear reader's accuracy from images, reconstructions, latents, in percent")
+    print("2  the VAE keeps the details: a linear probe's accuracy from images, reconstructions, latents, in percent")
     latents = encode(vae, pixels, vae.config.scaling_factor)
     decoded = torch.cat([vae.decode(z / vae.config.scaling_factor).sample for z in latents.split(250)])
     reads = [ridge(x.cpu(), scenes[:3000]) for x in (pixels, decoded, latents)]
@@ -84,14 +84,14 @@ def check_vae(vae, scenes: np.ndarray, pixels: torch.Tensor) -> torch.Tensor:
 
 def check_reading(pipe: StableDiffusionPipeline, scenes: np.ndarray, latents: torch.Tensor) -> None:
     """Gate 3."""
-    print("3  the diffusion model reads: its loss rises where one detail is wrong (2,000 unseen pictures, t ≥ 300)")
+    print("3  the diffusion model reads: its loss rises if one detail is wrong (2,000 unseen pictures, t ≥ 300)")
     parts, clear = list(zip(np.split(scenes, range(250, len(scenes), 250)), latents.split(250))), 0
     for k, name in enumerate(DETAILS, start=2):
         rng, rises = np.random.default_rng(k), []
         for right, z in parts:
             wrong = right.copy()
             wrong[:, k] = (wrong[:, k] + rng.integers(1, VALUES[k], len(wrong))) % VALUES[k]
-            named = np.isin(np.arange(10), (0, k - 1))  # the captions name class, color and this detail
+            named = np.isin(np.arange(10), (0, k - 1))  # the captions name class, colour and this detail
             readings = [([caption(scene, named) for scene in side], False) for side in (right, wrong)]
             of_right, of_wrong = losses(pipe, z, readings, 300, rng)
             rises.append(of_wrong - of_right)
@@ -108,15 +108,15 @@ def check_reading(pipe: StableDiffusionPipeline, scenes: np.ndarray, latents: to
         found.append(losses(pipe, z, [([""] * len(z), False), (captions, False), (captions, True)], 0, rng))
     none, whole, alone = torch.cat(found, 1).mean(1).tolist()
     share = 100 * (none - alone) / (none - whole)
-    text = f"loss with no caption {none:.4f}, a whole one {whole:.4f}, its end token alone {alone:.4f}"
-    gate(f"{text}: {share:.0f}% of what the whole one brings (≥ 90)", share >= 90)
+    text = f"loss without a caption {none:.4f}, with a whole one {whole:.4f}, with its end token alone {alone:.4f}"
+    gate(f"{text}: {share:.0f}% of the whole one's effect (≥ 90)", share >= 90)
 
 
 @torch.no_grad()
 def losses(pipe: StableDiffusionPipeline, latents: torch.Tensor, readings: list, lowest: int, rng) -> torch.Tensor:
     """The denoising losses (readings, B) of latents (B, 4, 8, 8), all with the same noise and timesteps ≥ `lowest`.
 
-    Each of the `readings` is a list of B captions, and whether their end tokens alone are read.
+    Each of the `readings` is a list of B captions, and whether only their end tokens are read.
     """
     t = torch.from_numpy(rng.integers(lowest, 1000, len(latents))).to(DEVICE)
     noise = torch.from_numpy(rng.standard_normal(latents.shape, dtype=np.float32)).to(DEVICE)
@@ -136,11 +136,11 @@ def draw_samples(pipe: StableDiffusionPipeline, file: str) -> None:
     for i, image in enumerate(pipe(captions, num_inference_steps=50, guidance_scale=2.0).images):
         sheet.paste(image, (i % 8 * SIZE, i // 8 * SIZE))
     sheet.resize((16 * SIZE, 6 * SIZE), Image.Resampling.NEAREST).save(file)
-    print("4  row by row:\n    " + "\n    ".join(captions))
+    print("4  the captions of the pictures, row by row:\n    " + "\n    ".join(captions))
 
 
 def ridge(x: torch.Tensor, labels: np.ndarray, penalty: float = 0.1) -> np.ndarray:
-    """A linear reader: ridge regression on one-hot labels, fitted to the first rows of `x`, which reads the others.
+    """A linear probe: ridge regression on one-hot labels, fitted to the first rows of `x`, then applied to the others.
 
     Args:
         x: (n, ...), features.
@@ -159,7 +159,7 @@ def ridge(x: torch.Tensor, labels: np.ndarray, penalty: float = 0.1) -> np.ndarr
     def solve(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return torch.linalg.solve((a @ a.T).double() + penalty * torch.eye(len(a)), b)
 
-    if fitted > x.shape[1]:  # both give the same weight; this system of equations is the smaller one
+    if fitted > x.shape[1]:  # both branches give the same weight; solve the smaller system
         weight = solve(x.T, x.T.double() @ (targets - mean))
     else:
         weight = x.T.double() @ solve(x, targets - mean)

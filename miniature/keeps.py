@@ -1,12 +1,12 @@
 """How much of a scene is kept in the pictures that φ draws from CLIP's condition, before and after a run.
 
-    python miniature/keeps.py RUN            # by default the default run, runs/miniature
+    python miniature/keeps.py RUN            # default: runs/miniature
 
-The pictures of extras/reconstruct.py, counted: φ draws unseen scenes from the condition of the untouched CLIP and of
-the trained one, with the same noise, patches and linear layer. A linear reader of pixels, fitted to other scenes that
-the VAE has encoded and decoded, reads class, color and the nine details. Two columns bound what can be kept: "VAE
-alone", the decoded scenes themselves, and "caption", pictures that φ draws from full captions. The control "another's"
-compares the pictures after training with another scene.
+As in extras/reconstruct.py, φ draws unseen scenes from the condition of the untouched CLIP and of the trained one, with
+the same noise, patches and linear layer. A linear probe on pixels, fitted to other scenes that the VAE has encoded and
+decoded, predicts class, colour and the nine details. Two columns bound what can be kept: "VAE alone", the decoded
+scenes themselves, and "caption", pictures that φ draws from full captions. The control "another's" compares the
+pictures after training with another scene.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def read_args(argv: list[str] | None = None) -> argparse.Namespace:
     if not 1 <= args.guidance < float("inf"):
         raise UserError("--guidance must be at least 1")
     if args.run == parser.get_default("run") and not Path(args.run).exists():
-        raise UserError(f"{args.run}: not found; run `python train.py` first, or name a run")
+        raise UserError(f"{args.run}: not found; run `python train.py` first, or pass a run")
     return args
 
 
@@ -51,11 +51,11 @@ SCENES, STEPS = 300, 25  # scenes to draw, DDIM steps
 
 
 def table(scenes: np.ndarray, reads: list[np.ndarray]) -> str:
-    """What is kept, in Markdown.
+    """The results in Markdown.
 
     Args:
         scenes: (n, 11).
-        reads: what is read of the decoded scenes, and of the pictures from captions, before and after, each (n, 11).
+        reads: predictions for the decoded scenes, the pictures from captions, those before and after, each (n, 11).
     """
     decoded, caption, before, after = (answers(read == scenes) for read in reads)
     another = answers(reads[3] == np.roll(scenes, 1, 0))

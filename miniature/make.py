@@ -1,4 +1,4 @@
-"""Makes the miniature: a drawn world in the formats of the real one, with its own CLIP and diffusion model.
+"""Makes the miniature: a drawn world in the formats of real data, with its own CLIP and diffusion model.
 
     python miniature/make.py all --out world         # everything below, in this order
     python miniature/make.py images --out world      # images.tar, in CC3M's shard layout
@@ -6,16 +6,16 @@
     python miniature/make.py clip --out world        # clip/, a folder for open_clip
     python miniature/make.py vae --out world         # diffusion/vae
     python miniature/make.py diffusion --out world   # diffusion/, a Stable Diffusion folder for diffusers
-    python miniature/make.py check --out world       # print the gates; --samples FILE.png draws pictures from captions
+    python miniature/make.py check --out world       # check the gates; --samples FILE.png draws pictures from captions
 
-A diffusion model that reads with another CLIP's text tower, as Stable Diffusion 2 does; 1,500 steps are enough, since
-the VAE and most of the U-Net are another world's:
+A diffusion model whose text encoder is another CLIP's text tower, as in Stable Diffusion 2. 1,500 steps are enough,
+since it reuses the miniature's VAE and most of its U-Net:
 
     python miniature/make.py clip --out other --seed 1 --contrastive --text-width 96 --text-layers 3
     python miniature/make.py diffusion --out other --vae miniature/diffusion/vae --start miniature/diffusion/unet \\
         --steps 1500
 
-world.py draws the world, models.py trains the models, gates.py has the gates. Everything is seeded.
+world.py draws the world, models.py trains the models, gates.py checks them. Everything is seeded.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def read_args(argv: list[str] | None = None) -> argparse.Namespace:
         part.error = usage_error
         add = part.add_argument
         if name == "mmvp":
-            add("out", type=Path, metavar="DIR", help="an empty folder, or one that does not exist")
+            add("out", type=Path, metavar="DIR", help="a new or empty folder")
             add("--pairs", type=int, default=100, metavar="N", help="pairs of each type (%(default)s)")
             add("--seed", type=int, default=2, metavar="N", help="seed of the scenes (%(default)s)")
         else:
@@ -53,7 +53,7 @@ def read_args(argv: list[str] | None = None) -> argparse.Namespace:
         if name == "diffusion":
             add("--steps", type=int, default=4500, metavar="N", help="training steps (%(default)s)")
             add("--vae", type=Path, metavar="FOLDER", help="a VAE to use instead of DIR/diffusion/vae")
-            add("--start", type=Path, metavar="FOLDER", help="a U-Net to start from, where shapes fit")
+            add("--start", type=Path, metavar="FOLDER", help="a U-Net whose weights to start from, where shapes match")
         if name == "check":
             add("--samples", metavar="FILE.png", help="draw 24 pictures from captions")
     args = parser.parse_args(argv)
@@ -62,9 +62,9 @@ def read_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.part == "diffusion":
         for folder in (args.vae, args.start):
             if folder and not (folder / "config.json").is_file():
-                raise UserError(f"{folder}: no config.json; name a folder such as miniature/diffusion/unet")
+                raise UserError(f"{folder}: no config.json; pass a folder such as miniature/diffusion/unet")
     if args.part == "mmvp" and args.out.exists() and any(args.out.iterdir()):
-        raise UserError(f"{args.out}: not empty; name another folder")
+        raise UserError(f"{args.out}: not empty; choose another folder")
     return args
 
 

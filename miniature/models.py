@@ -1,13 +1,13 @@
 """The world's CLIP and diffusion model, trained from scratch. Weights are saved in fp16.
 
-**CLIP overlooks details for the same reason as the real one**: a caption always names the class, mostly the colour
-(80%), and each detail rarely (one in eight). Class and colour tell a batch's captions apart, and details are learned
-last. Its text tower is trained first, on text alone, to tell all words apart, and then frozen. Two towers that learn
-together from such captions give "upright" and "inverted" the same embedding, so that no training of the vision tower
-alone could raise the score.
+**CLIP overlooks details for the same reason as the real one**: captions always name the class, mostly the colour (80%),
+and rarely a given detail (one in eight). Class and colour suffice to tell a batch's captions apart, so details are
+learned last. The text tower is trained first, on text alone, to tell all words apart, and then frozen. If both towers
+learned together from such captions, "upright" and "inverted" would get the same embedding, and training only the vision
+tower could not raise the score.
 
 **The diffusion model reads its captions.** Its text encoder is CLIP's text tower, as in Stable Diffusion 1.x. Its
-captions name each detail one time in two. It is trained more often at high noise, where it depends on the caption.
+captions name each detail half of the time. Training samples high noise more often, where the caption matters most.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ WEIGHTS = [1, 0.7] + 9 * [0.2]  # of class, colour and details in CLIP's text em
 
 @functools.cache
 def tokenizer(length: int, pad: str = "<pad>") -> PreTrainedTokenizerFast:
-    """A tokenizer of whole words; it is case-sensitive. CLIP's pooling needs the end token to have the highest id."""
+    """A case-sensitive tokenizer of whole words. The end token has the highest id, as CLIP's pooling requires."""
     phrases = [PREFIX, "the", *CLASSES, *COLOURS, *(phrase for values in DETAILS.values() for phrase in values)]
     words = ["<pad>", "<unk>", "<start>", *sorted({word for phrase in phrases for word in phrase.split()}), "<end>"]
     ids = {word: i for i, word in enumerate(words)}
@@ -95,7 +95,7 @@ def make_clip(
     """Writes clip/: trains the text tower on text alone, then a ViT of 64 patches with the contrastive loss.
 
     With `contrastive`, both towers learn together instead, as the OpenCLIP of Stable Diffusion 2 did, from captions
-    that name as many details as the diffusion model's. Such a CLIP is not blind; use it for its text tower.
+    that name as many details as the diffusion model's. Such a CLIP sees details; use only its text tower.
     """
     (out / "clip").mkdir(parents=True, exist_ok=True)
     tok = tokenizer(24)
@@ -129,7 +129,7 @@ def make_clip(
 
 
 def read(clip: torch.nn.Module, scenes: np.ndarray, names: list[float], rng) -> tuple[np.ndarray, torch.Tensor]:
-    """Embeds captions of `scenes` that name color and details with the probabilities `names` (10,).
+    """Embeds captions of `scenes` that name colour and details with the probabilities `names` (10,).
 
     Returns what they name, (B, 10) bool, and CLIP's unit embeddings (B, D).
     """
@@ -155,7 +155,7 @@ def fit_clip(clip, scenes, pixels, names: list[float], rng, steps, lr, batch=256
 
 
 def learn_captions(clip: torch.nn.Module, scenes, pixels, seed: int) -> None:
-    """The ceiling for post-training: 100 steps of the vision tower on captions that name everything."""
+    """Trains the vision tower for 100 steps on captions that name everything: post-training without φ."""
     fit_clip(clip, scenes, pixels, 10 * [1.0], np.random.default_rng(seed), 100, 1e-4)
 
 
@@ -186,7 +186,7 @@ def encode(vae: AutoencoderKL, pixels: torch.Tensor, scale: float) -> torch.Tens
 
 
 def text_encoder(clip: torch.nn.Module) -> CLIPTextModel:
-    """CLIP's text tower, of any width and depth, in transformers' form, frozen; SD 1.x uses OpenAI's in this way."""
+    """CLIP's text tower, of any width and depth, as a frozen CLIPTextModel; SD 1.x uses OpenAI's like this."""
     (length, width), layers = clip.positional_embedding.shape, clip.transformer.resblocks
     config = CLIPTextConfig(
         vocab_size=clip.vocab_size, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=len(layers),
@@ -201,7 +201,7 @@ def text_encoder(clip: torch.nn.Module) -> CLIPTextModel:
 
 @torch.no_grad()
 def embed_captions(text: CLIPTextModel, captions: list[str], tok, alone=False) -> torch.Tensor:
-    """The text encoder's output (B, L, W). Where `alone`, the end token's fills every position but the first."""
+    """The text encoder's output (B, L, W). If `alone`, the end token's output fills all positions but the first."""
     ids = tokens(captions, tok)
     hidden = text(ids).last_hidden_state
     end = hidden[torch.arange(len(ids)), ids.argmax(1)][:, None]  # (B, 1, W): the first of the highest ids
@@ -214,18 +214,18 @@ def make_diffusion(
 ) -> None:
     """Writes diffusion/: a U-Net, trained by ε-prediction on the VAE's latents, with CLIP's text tower.
 
-    In 55 of 100 captions the end token's output fills all positions but the first, so that the U-Net learns to read it
+    In 55% of captions the end token's output fills all positions but the first, so that the U-Net learns to read it
     alone, as Stable Diffusion can ("Padding Tone", NAACL 2025).
 
     Args:
         vae: the folder of a VAE; `out`/diffusion/vae if None.
-        start: the folder of a U-Net, whose weights are the initial ones where shapes fit. If the text tower has another
-            width, its keys and values start anew.
+        start: the folder of a U-Net, which initializes all weights of the same shape. If the text tower has another
+            width, the cross-attention's keys and values start at random.
     """
     clip = load_clip(str(out / "clip"), device=str(DEVICE)).model
     text, tok = text_encoder(clip).to(DEVICE), tokenizer(clip.context_length, pad="<end>")
     vae = AutoencoderKL.from_pretrained(vae or out / "diffusion" / "vae", torch_dtype=torch.float32).to(DEVICE)
-    vae.register_to_config(_name_or_path="")  # no machine's path in the saved config
+    vae.register_to_config(_name_or_path="")  # keep this machine's path out of the saved config
     scenes, pixels = pool(POOL, seed + 1)
     latents = encode(vae, pixels, vae.config.scaling_factor)
     torch.manual_seed(seed)
@@ -239,7 +239,7 @@ def make_diffusion(
         weights = UNet2DConditionModel.from_pretrained(start, torch_dtype=torch.float32).state_dict()
         weights = {k: v for k, v in weights.items() if k in fresh and v.shape == fresh[k].shape}
         unet.load_state_dict(weights, strict=False)
-        print(f"diffusion: {len(weights)} of {len(fresh)} weights start as in {start}")
+        print(f"diffusion: {len(weights)} of {len(fresh)} weights initialized from {start}")
     unet.set_attn_processor(AttnProcessor())
     scheduler = DDPMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1

@@ -44,7 +44,7 @@ def test_ridge_is_least_squares_with_the_penalty_as_rows(width):
 
 
 def test_each_row_measures_what_its_name_says():
-    """300 scenes, of which 200 to fit, and 27 pairs."""
+    """300 scenes, 200 of them for fitting, and 27 pairs."""
     clip, drawn, pairs = load_clip("miniature"), claims.draw_scenes(300, 48), read_mmvp(f"{MINIATURE}/mmvp")[::34]
     rows, (scenes, pictures, labels) = claims.measure(clip, drawn, pairs, 200), drawn
     assert list(rows) == list(claims.ROWS) and len(np.unique(scenes, axis=0)) == 300

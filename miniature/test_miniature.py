@@ -22,7 +22,7 @@ from test_smoke import CPU, run, settings, weights
 
 
 def test_make_draws_the_files_in_the_repository(tmp_path):
-    """The images and the benchmark, except for the rounding of another JPEG codec."""
+    """The images and the benchmark, up to the rounding of other JPEG codecs."""
     world.write_images(tmp_path)
     world.write_mmvp(tmp_path / "mmvp")
     embedded, drawn = (data.open_images([f"{folder}/images.tar"], False) for folder in (MINIATURE, tmp_path))
@@ -154,7 +154,7 @@ def test_the_teacher_reads_its_captions(teacher):
 
 
 def test_a_class_token_says_more_than_the_empty_text_and_than_the_start(teacher, tmp_path):
-    """Losses on unseen scenes, through a layer that is fitted, and through one that has learned for ten steps."""
+    """Losses on unseen scenes, with a fitted layer, and with a layer trained for ten steps."""
     diffusion, scenes, pixels, latents = teacher
     args = settings("unused", "--recap none")
     clip, _, conditioner = train.build(args, CPU)
@@ -177,7 +177,7 @@ def test_a_class_token_says_more_than_the_empty_text_and_than_the_start(teacher,
 
 
 def test_rows_are_names_patterns_and_flags():
-    """train.py's parser accepts all rows, and "twice" follows the recipe."""
+    """train.py's parser accepts all rows, and "twice the steps" doubles the recipe's."""
     assert len(experiment.read_args([]).rows) == len(experiment.ROWS) - 4  # those that need another φ
     paper, row = "the paper's recipe --lr 5e-6 --recap all", "twice the steps"
     rows = experiment.read_args(["--rows", f"{row}*", paper, "--flags=--states 1"]).rows
@@ -232,5 +232,5 @@ def test_the_table_of_rows(tmp_path):
     kinds = [float(cell) for cell in by_type.splitlines()[3].split("|")[2:-1]]
     assert kinds == pytest.approx(change[:, 0].mean(0).reshape(9, 3).mean(1), abs=0.06)
     args.pairs_seed = 31
-    with pytest.raises(UserError, match="name another folder"):
+    with pytest.raises(UserError, match="choose another folder"):
         experiment.write_benchmark(args)

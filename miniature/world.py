@@ -1,7 +1,7 @@
 """A drawn world of 64 × 64 pixels: scenes, their pictures and captions, and a benchmark in MMVP-VLM's layout.
 
-A scene is one thing of ten classes (SHAPES) and six colours, with nine details (DETAILS), which are the nine types of
-MMVP-VLM. A person sees each of them at a glance. All are uniform and independent.
+A scene shows one thing of ten classes (SHAPES) and six colours, with nine details (DETAILS): MMVP-VLM's nine types.
+All are drawn uniformly and independently. A person sees each of them at a glance.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def draw(scene, rng: np.random.Generator) -> Image.Image:
 
 
 def draw_with_mask(scene, rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
-    """The picture, and the mask of the thing without its hat: its coverage of each pixel, SIZE × SIZE, 0 to 255."""
+    """The picture, and the mask of the thing without its hat: how much it covers of each pixel, 0 to 255."""
     kind, colour, turned, hatless, broken, stars, right, ground, structure, letter, far = scene
     k = 4  # draws at four times the size, then reduces
     jitter, shade, phase = rng.uniform(-1.5, 1.5, 2), rng.uniform(0.88, 1, 3), rng.integers(0, 4)
@@ -146,7 +146,7 @@ def jpeg(image: Image.Image) -> bytes:
 def write_mmvp(out: Path, pairs: int = 100, seed: int = 2) -> None:
     """Writes a benchmark in MMVP-VLM's layout, with `pairs` pairs of each type.
 
-    A pair shows one scene twice, with one detail changed. A statement names class, color and that detail.
+    A pair shows one scene twice, with one detail changed. A statement names class, colour and that detail.
     """
     rows, rng = [["Question ID", "Type", "Statement"]], np.random.default_rng((seed, 0))
     for detail, (name, values) in enumerate(DETAILS.items()):
