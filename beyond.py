@@ -94,7 +94,7 @@ def fit_linear(projection: nn.Linear, clip_texts: torch.Tensor, phi_texts: torch
     covariance = x.T @ x / len(x)  # (D, D)
     ridge = 0.01 * covariance.diagonal().mean() * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
     weight = torch.linalg.solve(covariance + ridge, x.T @ y / len(x))  # (D, W), maps texts
-    weight *= (x.square().mean() / centered_cls.square().mean()).sqrt()  # class tokens vary less
+    weight *= (x.square().mean() / centered_cls.square().mean()).sqrt()  # maps class tokens, whose variance differs
     projection.weight.copy_(weight.T)
     projection.bias.copy_(phi_texts.mean(0) - cls.mean(0) @ weight)
 

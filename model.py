@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, CLIPTextModel
 
 from condition import visual_tokens
-from harness.errors import UserError, warn
+from harness.errors import UserError, one_line, warn
 from harness.files import atomic_path
 from harness.pictures import read_image
 from harness.pretrained import (
@@ -152,15 +152,16 @@ def count_patches(visual: torch.nn.Module, name: str) -> int:
     Raises:
         UserError: its tokens are not (B, D) and (B, P, D), as in convolutional towers and CoCa.
     """
-    device = next(visual.parameters()).device
+    device, reason = next(visual.parameters()).device, ""
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
             cls, local = visual_tokens(visual, torch.empty(1, 3, *visual.preprocess_cfg["size"], device=device))
         if cls.ndim == 2 and local.ndim == 3 and cls.shape[-1] == local.shape[-1]:
             return local.shape[1]
-    except Exception:  # open_clip and timm raise many kinds
-        pass
-    raise UserError(f"{name}: its vision tower has no class token with a sequence of local tokens of the same width")
+    except Exception as error:  # open_clip and timm raise many kinds
+        reason = f" ({one_line(error)})"
+    what = "has no class token with a sequence of local tokens of the same width"
+    raise UserError(f"{name}: its vision tower {what}{reason}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -57,6 +57,42 @@ class Stage:
     penalty: beyond.Ldifs | None = None  # not in the paper
 
 
+def algorithm_1(conditioner, diffusion: Diffusion, batches, draws: Draws, stage: Stage, run) -> None:
+    """The method: each step updates θ and the linear layer to lower the denoising loss of the frozen φ.
+
+    Gradients are clipped as in the released code; the paper does not mention clipping.
+
+    Args:
+        conditioner: a `VisualCondition` in DDP; it holds everything that can be trained.
+        batches: micro-batches, from `read_batches`.
+        run: records the loss, logs and saves (harness/run.py); training resumes at `run.first_step`.
+    """
+    optimizer = stage.optimizer
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for step in range(max(run.first_step, stage.step_range.start), stage.step_range.stop):
+        lr = learning_rate(step, stage)  # η
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        for i in range(stage.accumulation):
+            conditioner.require_backward_grad_sync = i == stage.accumulation - 1  # as DDP.no_sync: averages once a step
+            batch = next(batches)
+            images = batch["images"]  # Alg. 1, line 1: x, (B, 3, S, S) in [0, 1]
+            rngs = image_rngs(draws.seed, batch["keys"])  # one per image; they draw the patches, then t, then ε
+            patch_indices = draw_patch_indices(draws.recap, draws.states, rngs, images.device)  # (B, N, K)
+            condition, cls = conditioner(images, diffusion.text_embedding, patch_indices)  # Alg. 1, lines 2, 3: V, c
+            latents = diffusion.encode(images)  # z, (B, 4, S/8, S/8); φ is frozen, so without a gradient
+            timesteps, noise = draw_states(draws, latents.shape[1:], rngs, images.device)  # Alg. 1, line 4: t, ε
+            loss = denoising_loss(diffusion, latents, condition, timesteps, noise)  # Alg. 1, lines 4, 5: z_t, ℓ, L
+            objective = loss + stage.penalty(cls, images) if stage.penalty else loss  # not in the paper
+            (objective / stage.accumulation).backward()  # through the frozen φ into θ
+            run.record(loss, batch)  # logs L without the penalty
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, stage.max_grad_norm or math.inf)  # not in the paper
+        run.log(step, grad_norm, lr)  # raises if the loss or its gradient is not finite
+        optimizer.step()  # Alg. 1, line 6: θ ← θ − η ∇L; φ has no gradient and is not in the optimizer
+        optimizer.zero_grad(set_to_none=False)  # in place: the gradients are views of DDP's buckets
+        run.save(step + 1)  # every --save-every steps; raises Stopped after a signal
+
+
 def draw_states(
     draws: Draws, shape: tuple[int, ...], rngs: list[np.random.Generator], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,42 +144,6 @@ def learning_rate(step: int, stage: Stage) -> float:
     if step < warmup_steps:
         return stage.max_lr * (step + 1) / (warmup_steps + 1)
     return stage.max_lr * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / (steps - warmup_steps)))
-
-
-def algorithm_1(conditioner, diffusion: Diffusion, batches, draws: Draws, stage: Stage, run) -> None:
-    """The method: each step updates θ and the linear layer to lower the denoising loss of the frozen φ.
-
-    Gradients are clipped as in the released code; the paper does not mention clipping.
-
-    Args:
-        conditioner: a `VisualCondition` in DDP; it holds everything that can be trained.
-        batches: micro-batches, from `read_batches`.
-        run: records the loss, logs and saves (harness/run.py); training resumes at `run.first_step`.
-    """
-    optimizer = stage.optimizer
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for step in range(max(run.first_step, stage.step_range.start), stage.step_range.stop):
-        lr = learning_rate(step, stage)  # η
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        for i in range(stage.accumulation):
-            conditioner.require_backward_grad_sync = i == stage.accumulation - 1  # as DDP.no_sync: averages once a step
-            batch = next(batches)
-            images = batch["images"]  # Alg. 1, line 1: x, (B, 3, S, S) in [0, 1]
-            rngs = image_rngs(draws.seed, batch["keys"])  # one per image; they draw the patches, then t, then ε
-            patch_indices = draw_patch_indices(draws.recap, draws.states, rngs, images.device)  # (B, N, K)
-            condition, cls = conditioner(images, diffusion.text_embedding, patch_indices)  # Alg. 1, lines 2, 3: V, c
-            latents = diffusion.encode(images)  # z, (B, 4, S/8, S/8); φ is frozen, so without a gradient
-            timesteps, noise = draw_states(draws, latents.shape[1:], rngs, images.device)  # Alg. 1, line 4: t, ε
-            loss = denoising_loss(diffusion, latents, condition, timesteps, noise)  # Alg. 1, lines 4, 5: z_t, ℓ, L
-            objective = loss + stage.penalty(cls, images) if stage.penalty else loss  # not in the paper
-            (objective / stage.accumulation).backward()  # through the frozen φ into θ
-            run.record(loss, batch)  # logs L without the penalty
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, stage.max_grad_norm or math.inf)
-        run.log(step, grad_norm, lr)  # raises if the loss or its gradient is not finite
-        optimizer.step()  # Alg. 1, line 6: θ ← θ − η ∇L; φ has no gradient and is not in the optimizer
-        optimizer.zero_grad(set_to_none=False)  # in place: the gradients are views of DDP's buckets
-        run.save(step + 1)  # every --save-every steps; raises Stopped after a signal
 
 
 def build(args, device: torch.device) -> tuple[Clip, Diffusion, VisualCondition]:

@@ -48,7 +48,7 @@ def read_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def warn_of_limits(clip, pairs: list) -> None:
     """Warns if `cls+local` says little about this CLIP, or if its tokenizer does not know the statements' words."""
-    if getattr(getattr(clip.model.visual, "trunk", None), "attn_pool", None) is not None:
+    if clip.pools_by_attention:
         warn(
             f"{clip.source} pools by attention, so its local tokens are not in the joint space with the text; "
             f"cls+local is shown only for completeness"

@@ -1,7 +1,6 @@
 """evaluate_mmvp.py: its options, fp32, warnings, and the change by the released reading."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import open_clip
@@ -16,7 +15,7 @@ from harness.mmvp import Pair, read_mmvp
 from harness.precision import full_fp32
 from harness.recipes import MINIATURE
 from harness.scores import interval
-from model import load_clip
+from model import Clip, load_clip
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +74,7 @@ def test_the_released_change_is_that_of_the_means(pairs):
 
 @pytest.mark.parametrize("architecture, warned", [("ViT-B-16-SigLIP", True), ("vit_medium_patch16_gap_256", False)])
 def test_towers_that_pool_by_attention_are_named(architecture, warned, pairs, capsys):
-    clip = SimpleNamespace(source=architecture, model=open_clip.create_model(architecture, device="meta"))
+    clip = Clip(open_clip.create_model(architecture, device="meta"), architecture, config={}, num_patches=0)
     clip.tokenizer = lambda: open_clip.get_tokenizer("ViT-B-32")
     warn_of_limits(clip, pairs)
     assert (f"{architecture} pools by attention" in capsys.readouterr().err) == warned
