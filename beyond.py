@@ -99,7 +99,9 @@ def fit_linear(projection: nn.Linear, clip_texts: torch.Tensor, phi_texts: torch
     projection.bias.copy_(phi_texts.mean(0) - cls.mean(0) @ weight)
 
 
-def embed_phrases(clip: Clip, name: str, text: str, device, count: int = 2000) -> tuple[torch.Tensor, torch.Tensor]:
+def embed_phrases(
+    clip: Clip, name: str, text: str, device, count: int = 2000, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """`count` random phrases, embedded by CLIP and by the diffusion model `name`.
 
     Returns CLIP's embeddings (count, D), and φ's embeddings of the end token minus that of `text` (count, W). `--join
@@ -110,7 +112,7 @@ def embed_phrases(clip: Clip, name: str, text: str, device, count: int = 2000) -
         vocabulary = tokenizer.get_vocab()
         whole = [word for word in vocabulary if word.endswith("</w>")] or list(vocabulary)  # BPE marks a word's end
         words = sorted(word for word in (w.removesuffix("</w>") for w in whole) if word.isalpha())
-        rng = np.random.default_rng(0)
+        rng = np.random.default_rng(seed)
         phrases = [" ".join(rng.choice(words, rng.integers(1, 9))) for _ in range(count)]
         embeddings = embed_texts(name, [text, *phrases], device, end_only=True)  # (1 + count, W)
     with torch.no_grad():

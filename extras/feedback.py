@@ -11,6 +11,10 @@ mean is over all pairs: on average, the cosine between a step down the loss and 
 fastest. At 0 the feedback has no useful direction; at 1 it points toward the words. z is the mean alignment of the
 pairs divided by its standard error.
 
+**The fit.** With --projection fitted, R² tells how well the linear layer predicts φ's embeddings of 500 new random
+phrases: the squared correlation over phrases and dimensions, each dimension centered on its mean. It is near 1 if φ and
+CLIP share a text tower.
+
 **Without a network in between.** Gradient descent on the class tokens themselves: `--moves` steps, each a fifth of
 their mean distance from their center. The benchmark is scored after each step. The gain is what φ alone can teach.
 
@@ -61,7 +65,7 @@ import torch
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
-from beyond import fit_projection
+from beyond import embed_phrases, fit_projection
 from condition import draw_patch_indices
 from data import TrainingImages, image_rngs, micro_batch_keys, open_images, read_batches
 from evaluate_mmvp import encode_pairs, pairs_right
@@ -164,6 +168,15 @@ def measure(args, diffusion, conditioner, pairs: Pairs) -> tuple[dict[str, dict]
     return rows, interval(rights[-1].astype(int) - rights[0], types)
 
 
+@torch.no_grad()
+def fit_r2(args, clip, conditioner) -> float:
+    """R² of the fitted layer on new phrases (in the miniature, single words among them are not new)."""
+    layer = conditioner.projection
+    clip_texts, phi_texts = embed_phrases(clip, args.diffusion, args.text, layer.weight.device, count=500, seed=1)
+    found, expected = (x - x.mean(0) for x in (layer(clip_texts), phi_texts))  # (500, W)
+    return ((found * expected).sum() ** 2 / (found.square().sum() * expected.square().sum())).item()
+
+
 def table(stage: str, rows: dict[str, dict], change: tuple[float, float]) -> str:
     """The results of `measure` as text."""
     width = max(len(name) for name in [stage, *rows])
@@ -201,6 +214,7 @@ def main(args: argparse.Namespace) -> None:
     print(f"{passes:,} forward and backward passes of the U-Net; for Stable Diffusion, {tflop:,.0f} TFLOP", flush=True)
     if args.projection == "fitted":
         fit_projection(args, clip, conditioner, dataset)
+        print(f"the fit: R² {fit_r2(args, clip, conditioner):.3f} on 500 new phrases", flush=True)
     pairs = Pairs(clip, diffusion, benchmark, size, device)
     print(table(f"{args.projection} start", *measure(args, diffusion, conditioner, pairs)), flush=True)
     if layer_steps:

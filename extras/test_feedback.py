@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import beyond
 import train
 from condition import draw_patch_indices
 from extras import feedback
@@ -94,6 +95,22 @@ def test_moves_along_the_words_win_every_pair(seen, monkeypatch):
     assert row["alignment"] == pytest.approx(1, abs=1e-4)
     alignments = feedback.alignments(pairs, -words(pairs, pairs.cls)).tolist()
     assert row["z"] == pytest.approx(fmean(alignments) / stdev(alignments) * 5**0.5, rel=1e-3)
+
+
+def test_r2_is_that_of_the_regression(seen):
+    """Compared with NumPy's correlation, and with a layer whose predictions have nothing to do with φ's embeddings."""
+    args, clip, _, conditioner, _ = seen
+    conditioner = copy.deepcopy(conditioner)
+    random = feedback.fit_r2(args, clip, conditioner)
+    clip_texts, phi_texts = beyond.embed_phrases(clip, args.diffusion, "", CPU)
+    beyond.fit_linear(conditioner.projection, clip_texts, phi_texts, clip_texts[:100])
+    fitted = feedback.fit_r2(args, clip, conditioner)
+    new, expected = beyond.embed_phrases(clip, args.diffusion, "", CPU, count=500, seed=1)
+    layer = conditioner.projection
+    found = new.numpy() @ layer.weight.detach().numpy().T
+    columns = [(x - x.mean(0)).ravel() for x in (found, expected.numpy())]
+    assert fitted == pytest.approx(np.corrcoef(*columns)[0, 1] ** 2, rel=1e-4)
+    assert random < 0.05 and 0.99 < fitted < 1
 
 
 def test_the_command_prints_its_figures(capsys):
