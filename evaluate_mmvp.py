@@ -44,7 +44,7 @@ from harness.scores import average, draws_in_words, interval, paired_change, sco
 from model import Clip, load_clip
 
 EMBEDDINGS = ("cls", "cls+local")
-DRAWS = 100  # of patches, for a random `reading`
+DRAWS = 100  # of patches, for the random kinds of `embed_released`
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -110,7 +110,7 @@ def similarities(
 ) -> np.ndarray:
     """Cosines of statements and images within each pair, in fp32: (embeddings, pairs, 2 statements, 2 images).
 
-    `released` is a `reading` of `embed_released`; its draws follow the two embeddings.
+    `released` is a `kind` of `embed_released`; its draws follow the two embeddings.
 
     Raises:
         UserError: as `encode_pairs`, or the embeddings are not finite.
@@ -135,26 +135,26 @@ def similarities(
 
 
 def embed_released(
-    reading: str, cls: torch.Tensor, local: torch.Tensor, rng: np.random.Generator, draws: int = DRAWS
+    kind: str, cls: torch.Tensor, local: torch.Tensor, rng: np.random.Generator, draws: int = DRAWS
 ) -> torch.Tensor:
     """The embedding of DIVA's released evaluation, for each of a pair's two statements: (draws or 1, 2, B, D).
 
-    `reading` is a recipe's `released`: "cls" (DFN at 224, SigLIP) and "cls+local" (MetaCLIP) are as above; "sum" (DFN
+    `kind` is the recipe's `released`: "cls" (DFN at 224, SigLIP) and "cls+local" (MetaCLIP) are as above; "sum" (DFN
     at 378) is cls+local without the last normalization; "random:76" (OpenAI) is the class token plus the mean of 76
     local tokens, neither normalized before the sum. These are drawn with replacement for each image and statement, so
     the score is random.
     """
-    if reading == "sum":
+    if kind == "sum":
         both = normalize(cls, dim=-1) + normalize(local, dim=-1).mean(1)
         return both.expand(1, 2, -1, -1)
-    if reading.startswith("random:"):
-        count = int(reading.removeprefix("random:"))
+    if kind.startswith("random:"):
+        count = int(kind.removeprefix("random:"))
         patches = rng.integers(local.shape[1], size=(len(local), draws, 2, count))  # image by image, whatever the batch
         patches = torch.from_numpy(patches).permute(1, 2, 0, 3).to(local.device)  # (draws, 2, B, count)
         ones = torch.ones_like(patches, dtype=local.dtype)
         counts = ones.new_zeros(*patches.shape[:3], local.shape[1]).scatter_add_(-1, patches, ones)  # of each patch
         return normalize(cls + torch.einsum("ksbp,bpd->ksbd", counts / count, local), dim=-1)
-    return embed_images(cls, local)[EMBEDDINGS.index(reading)].expand(1, 2, -1, -1)
+    return embed_images(cls, local)[EMBEDDINGS.index(kind)].expand(1, 2, -1, -1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -166,7 +166,7 @@ def compare(
     cosines: list[np.ndarray],
     pairs: list[Pair],
     folder: str | os.PathLike | None = None,
-    readings: list[str] | None = None,
+    kinds: list[str] | None = None,
 ) -> str:
     """The scores of each CLIP, and the change from the first CLIP to each other one, as text.
 
@@ -174,7 +174,7 @@ def compare(
         names: the CLIPs; a recipe's CLIP is shown beside the paper's figures.
         cosines: for each CLIP, from `similarities`.
         folder: where scores.json and pairs.csv are written, if anywhere.
-        readings: for each CLIP, the `reading` of `embed_released` whose draws follow the two embeddings in its cosines.
+        kinds: for each CLIP, the `kind` of `embed_released` whose draws follow the two embeddings in `cosines`.
     """
     types, recipes = [pair.type for pair in pairs], [recipe_of(name) for name in names]
     outcomes = [pairs_right(clip_cosines) for clip_cosines in cosines]  # each (2 embeddings and all draws, pairs) bool
@@ -187,15 +187,15 @@ def compare(
         save_scores(Path(folder), clips, cosines, rights, pairs)
 
     drawn = []
-    if readings:
+    if kinds:
         drawn = [outcome[2:].mean(0) for outcome in outcomes]  # each (pairs,), the mean over draws
         rights = [right | dict(released=mean) for right, mean in zip(rights, drawn)]
     parts = ["\n".join(f"{k}: {name}" for k, name in enumerate(names, start=1)), table(rights, recipes, types)]
-    for k, (clip, reading) in enumerate(zip(clips, readings or []), start=1):
-        parts.append(f"{k} released ({reading}): {draws_in_words(clip['released'])}")
+    for k, (clip, kind) in enumerate(zip(clips, kinds or []), start=1):
+        parts.append(f"{k} released ({kind}): {draws_in_words(clip['released'])}")
     for k, lines in enumerate(changes, start=2):
         words = [f"change from 1 to {k}:", *(verdict(line, len(pairs)) for line in lines)]
-        if readings:
+        if kinds:
             change = drawn[k - 1] - drawn[0]
             figures = average(change, types), *interval(change, types)
             words.append("Released, mean of draws: {:+.1f} points (95% interval {:+.1f} … {:+.1f}).".format(*figures))
@@ -209,9 +209,9 @@ def compare(
 def main(args: argparse.Namespace) -> None:
     pairs, cosines = read_mmvp(args.mmvp), []
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for name, reading in zip(args.clips, args.readings or [None] * len(args.clips)):
-        cosines.append(similarities(load_clip(name), pairs, device, args.batch_size, released=reading))
-    print(compare(args.clips, cosines, pairs, args.out, args.readings))
+    for name, kind in zip(args.clips, args.kinds or [None] * len(args.clips)):
+        cosines.append(similarities(load_clip(name), pairs, device, args.batch_size, released=kind))
+    print(compare(args.clips, cosines, pairs, args.out, args.kinds))
     if args.out:
         print(f"\nwritten: {args.out}/scores.json, {args.out}/pairs.csv")
 

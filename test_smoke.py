@@ -484,20 +484,20 @@ def test_a_tie_goes_to_the_second_image():
     assert evaluate_mmvp.pairs_right(cosines).tolist() == [True, False, True, False]
 
 
-@pytest.mark.parametrize("reading", ["cls", "cls+local", "sum", "random:5"])
-def test_the_released_embedding_follows_the_released_rule(reading):
+@pytest.mark.parametrize("kind", ["cls", "cls+local", "sum", "random:5"])
+def test_the_released_embedding_follows_the_released_rule(kind):
     """Against the rule written out for one pair, with the same draws of patches."""
     torch.manual_seed(0)
     cls, local = torch.randn(2, 8), torch.randn(2, 7, 8)
-    embeddings = evaluate_mmvp.embed_released(reading, cls, local, np.random.default_rng(3), draws=4)
+    embeddings = evaluate_mmvp.embed_released(kind, cls, local, np.random.default_rng(3), draws=4)
     drawn = np.random.default_rng(3).integers(7, size=(2, 4, 2, 5))
-    assert len(embeddings) == (4 if reading == "random:5" else 1)
+    assert len(embeddings) == (4 if kind == "random:5" else 1)
     for k, s, i in np.ndindex(len(embeddings), 2, 2):  # draws, statements, images
         unit = cls[i] / cls[i].norm()
         both = unit + sum(token / token.norm() for token in local[i]) / 7
         noisy = cls[i] + sum(local[i, p] for p in drawn[i, k, s]) / 5
         expected = {"cls": unit, "cls+local": both / both.norm(), "sum": both, "random:5": noisy / noisy.norm()}
-        torch.testing.assert_close(embeddings[k, s, i], expected[reading])
+        torch.testing.assert_close(embeddings[k, s, i], expected[kind])
 
 
 def test_the_released_score_does_not_depend_on_the_batch():

@@ -13,7 +13,7 @@ from harness.recipes import RECIPES, locate_clip, recipe_of, split_weights
 
 
 def read_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parses the command line. `readings` has the released reading of each CLIP; empty without --released."""
+    """Parses the command line. `kinds` has the kind of released embedding of each CLIP; empty without --released."""
     parser = argparse.ArgumentParser(
         description="MMVP-VLM scores of any number of CLIPs, side by side.",
         epilog="A CLIP is a recipe, ARCH:TAG of open_clip, hf-hub:OWNER/NAME, or a folder saved by a run. CLIP@WEIGHTS "
@@ -37,12 +37,12 @@ def read_args(argv: list[str] | None = None) -> argparse.Namespace:
     recipes = [recipe_of(split_weights(name)[0]) for name in args.clips]
     benchmarks = [RECIPES[recipe].mmvp for recipe in recipes if recipe]
     args.mmvp = args.mmvp or next(filter(None, benchmarks), "MMVP/MMVP_VLM")
-    args.readings = []
+    args.kinds = []
     if args.released is not None:
         other = args.released or next(filter(None, recipes), "")
         if other not in RECIPES:
             raise UserError(f"--released {other}: needs the name of a recipe: {', '.join(RECIPES)}")
-        args.readings = [RECIPES[recipe or other].released for recipe in recipes]
+        args.kinds = [RECIPES[recipe or other].released for recipe in recipes]
     return args
 
 

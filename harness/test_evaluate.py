@@ -1,4 +1,4 @@
-"""evaluate_mmvp.py: its options, fp32, warnings, and the change by the released reading."""
+"""evaluate_mmvp.py: its options, fp32, warnings, and the change by the released embedding."""
 
 from dataclasses import replace
 
@@ -24,7 +24,7 @@ def pairs() -> list[Pair]:
 
 
 @pytest.mark.parametrize(
-    "command, readings",
+    "command, kinds",
     [
         ("two-stage-openai-vit-l-14-224 two-stage-openai-vit-l-14-224@WEIGHTS --released", ["random:76"] * 2),
         ("openai-vit-l-14-224 siglip-so400m-14-224 MINIATURE --released", ["random:76", "cls", "random:19"]),
@@ -33,10 +33,10 @@ def pairs() -> list[Pair]:
         ("openai-vit-l-14-224", []),
     ],
 )
-def test_each_clip_has_its_recipes_reading(tmp_path, command, readings):
+def test_each_clip_has_its_recipes_kind(tmp_path, command, kinds):
     (tmp_path / "w.pth").touch()
     command = command.replace("WEIGHTS", f"{tmp_path}/w.pth").replace("MINIATURE", f"{MINIATURE}/clip")
-    assert read_args(command.split()).readings == readings
+    assert read_args(command.split()).kinds == kinds
     with pytest.raises(UserError, match="--released a: needs the name of a recipe"):
         read_args([*command.replace("--released", "").split(), "--released", "a"])
 
@@ -65,7 +65,7 @@ def test_the_released_change_is_that_of_the_means(pairs):
     cosines = list(np.random.default_rng(0).random((2, 2 + 7, len(pairs), 2, 2), dtype=np.float32))
     before, after = (pairs_right(clip[2:]).mean(0) for clip in cosines)
     types = [pair.type for pair in pairs]
-    text = compare(["a", "b"], cosines, pairs, readings=["random:19"] * 2)
+    text = compare(["a", "b"], cosines, pairs, kinds=["random:19"] * 2)
     points = [100 * np.mean([a - b for a, b, other in zip(after, before, types) if other == t]) for t in set(types)]
     ends = "{:+.1f} … {:+.1f}".format(*interval(after - before, types))
     assert f"Released, mean of draws: {np.mean(points):+.1f} points (95% interval {ends})" in text
