@@ -1,10 +1,10 @@
 """Ablations on the miniature: which parts of the method carry the gain. Each row runs train.py over several seeds.
 
-    python miniature/experiment.py                                          # all rows but "another CLIP…", five seeds
+    python miniature/experiment.py                                          # all rows, five seeds
     python miniature/experiment.py --rows "as the recipe" "no penalty --recap none" --seeds 1 2 3
-    python miniature/experiment.py --rows "another CLIP*"                   # needs the folder `other`: see make.py
     python miniature/experiment.py --seeds 0 --pairs-seed 31 --out runs/choose \\
         --rows "the paper's recipe --lr "{5e-6,5e-5,5e-4}{," --recap all"}  # a grid: bash expands the braces
+    python miniature/experiment.py --rows "as the recipe*" --flags "--diffusion ./other/diffusion" --out runs/other
 
 A row is a name in ROWS or a pattern of names; flags of train.py may follow it. Each trained CLIP is tested on 3,600
 unseen pairs and 3,000 unseen pictures, and compared with the untouched CLIP. Results are kept in OUT, and finished runs
@@ -15,8 +15,8 @@ standard error over pairs and, for several seeds, ± over seeds; the change of z
 training loss over the first and the last tenth of the steps that train CLIP. A second table shows the change of `cls`
 by type.
 
-`--flags` adds flags to all rows, and may choose another CLIP, such as `--flags "--clip second/clip --diffusion
-second/diffusion --data second/images.tar"` for a second world.
+`--flags` adds flags to all rows. It may choose another diffusion model, as above, or another CLIP, such as
+`--flags "--clip second/clip --diffusion ./second/diffusion --data second/images.tar"` for a second world.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from harness.errors import UserError, exit_on_user_error, usage_error
 from harness.options import parse_args
 from harness.recipes import RECIPES
 
-OTHER, STEPS = "--diffusion other/diffusion", RECIPES["miniature"].steps
+STEPS = RECIPES["miniature"].steps
 CAPTIONS = "right captions"  # trained on captions, without φ: models.learn_captions
 CONTROL = "another image"  # rows with this in their name use the condition of the previous image of the batch
 ROWS = {
@@ -51,10 +51,6 @@ ROWS = {
     "four times the steps": f"--steps {4 * STEPS}",
     CAPTIONS: "",
     "the paper's recipe": "--recipe miniature-paper",
-    "another CLIP's φ": OTHER,
-    "another CLIP's φ, another image": OTHER,
-    "another CLIP's φ, layer trained along": f"{OTHER} --no-freeze-projection",
-    "another CLIP's φ, layer random, trained along": f"{OTHER} --projection random --no-freeze-projection",
 }
 
 
@@ -72,8 +68,7 @@ def read_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.pairs < 1 or args.jobs < 1 or min(args.seeds) < 0:
         raise UserError("--pairs and --jobs must be at least 1, --seeds 0 or more")
-    asked = args.rows or [name for name, flags in ROWS.items() if OTHER not in flags]
-    args.rows = {}
+    asked, args.rows = args.rows or list(ROWS), {}
     for row in asked:
         pattern, dashes, more = row.partition(" --")
         names = [name for name in ROWS if fnmatchcase(name, pattern)]
@@ -84,8 +79,6 @@ def read_args(argv: list[str] | None = None) -> argparse.Namespace:
             args.rows[full_name] = f"{ROWS[name]}{dashes}{more} {args.flags}"
     for row, flags in args.rows.items():
         run_settings(row, flags, 0, args.out)  # refuse bad flags before any run
-        if OTHER in flags and not Path("other/diffusion").is_dir():
-            raise UserError("other/diffusion: not found; the docstring of make.py says how to make it")
     return args
 
 
