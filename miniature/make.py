@@ -11,9 +11,9 @@
 A diffusion model whose text encoder is another CLIP's text tower, as in Stable Diffusion 2. 1,500 steps are enough,
 since it reuses the miniature's VAE and most of its U-Net:
 
-    python miniature/make.py clip --out other --seed 1 --contrastive --text-width 96 --text-layers 3
-    python miniature/make.py diffusion --out other --vae miniature/diffusion/vae --start miniature/diffusion/unet \\
-        --steps 1500
+    python miniature/make.py clip --out other --seed 1  # add --text-width 96 --text-layers 3, then --contrastive
+    python miniature/make.py diffusion --out other --seed 1 --vae miniature/diffusion/vae \\
+        --start miniature/diffusion/unet --steps 1500
 
 world.py draws the world, models.py trains the models, gates.py checks them. Everything is seeded.
 """
@@ -49,7 +49,7 @@ def read_args(argv: list[str] | None = None) -> argparse.Namespace:
         if name == "clip":
             add("--text-width", type=int, default=128, metavar="N", help="width of the text tower (%(default)s)")
             add("--text-layers", type=int, default=2, metavar="N", help="depth of the text tower (%(default)s)")
-            add("--contrastive", action="store_true", help="train both towers together")
+            add("--contrastive", action="store_true", help="train both towers with the contrastive loss")
         if name == "diffusion":
             add("--steps", type=int, default=4500, metavar="N", help="training steps (%(default)s)")
             add("--vae", type=Path, metavar="FOLDER", help="a VAE to use instead of DIR/diffusion/vae")

@@ -89,13 +89,13 @@ def fit(name: str, module: torch.nn.Module, loss_of, steps: int, lr: float) -> N
 
 
 def make_clip(
-    out: Path, seed: int, steps: int = 450, text_width: int = 128, text_layers: int = 2, contrastive: bool = False,
-    batch: int = 256,
+    out: Path, seed: int, steps: int = 450, text_steps: int = 400, text_width: int = 128, text_layers: int = 2,
+    contrastive: bool = False, batch: int = 256,
 ) -> None:  # fmt: skip
     """Writes clip/: trains the text tower on text alone, then a ViT of 64 patches with the contrastive loss.
 
-    With `contrastive`, both towers learn together instead, as the OpenCLIP of Stable Diffusion 2 did, from captions
-    that name as many details as the diffusion model's. Such a CLIP sees details; use only its text tower.
+    With `contrastive`, that loss trains both towers, as in the OpenCLIP of Stable Diffusion 2, on captions that name as
+    many details as the diffusion model's. Such a CLIP sees details; use only its text tower.
     """
     (out / "clip").mkdir(parents=True, exist_ok=True)
     tok = tokenizer(24)
@@ -120,8 +120,7 @@ def make_clip(
         of_values = directions[np.cumsum([0, *VALUES[:-1]]) + chosen]  # (batch, 11, 128)
         return 1 - F.cosine_similarity(texts, torch.einsum("bk,bkd->bd", weights, of_values)).mean()
 
-    if not contrastive:
-        fit("clip, text", clip, text_loss, 400, 1e-3)
+    fit("clip, text", clip, text_loss, text_steps, 1e-3)
     names = DIFFUSION_NAMES if contrastive else CLIP_NAMES
     fit_clip(clip, scenes, pixels, names, rng, steps, 1e-3, batch, text=contrastive)
     weights = {name: weight.half().contiguous() for name, weight in clip.state_dict().items()}

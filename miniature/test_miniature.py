@@ -60,7 +60,7 @@ def test_the_diffusion_model_reads_with_the_text_tower_of_its_world(tmp_path, mo
     """
     start = MINIATURE / "diffusion"
     monkeypatch.setattr(models, "POOL", 64)
-    models.make_clip(tmp_path, seed=1, steps=2, text_width=96, text_layers=3, contrastive=True, batch=8)
+    models.make_clip(tmp_path, 1, steps=2, text_steps=2, text_width=96, text_layers=3, contrastive=True, batch=8)
     models.make_diffusion(tmp_path, seed=1, steps=2, vae=start / "vae", start=start / "unet", batch=8)
     clip = model.load_clip(f"{tmp_path}/clip").model
     captions = ["the near red key", "a photo of the house beside A under two stars"]
