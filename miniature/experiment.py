@@ -33,7 +33,7 @@ from harness.options import parse_args
 from harness.recipes import RECIPES
 
 STEPS = RECIPES["miniature"].steps
-CAPTIONS = "right captions"  # trained on captions, without φ: models.learn_captions
+CAPTIONS = "right captions"  # trained on captions, without φ, in batches of 256: models.learn_captions
 CONTROL = "another image"  # rows with this in their name use the condition of the previous image of the batch
 ROWS = {
     "as the recipe": "",
@@ -49,7 +49,7 @@ ROWS = {
     "twice the steps": f"--steps {2 * STEPS}",
     "twice the steps, another image": f"--steps {2 * STEPS}",
     "four times the steps": f"--steps {4 * STEPS}",
-    CAPTIONS: "",
+    CAPTIONS: "--steps 100",
     "the paper's recipe": "--recipe miniature-paper",
 }
 
@@ -133,7 +133,7 @@ def run(row: str, flags: str, seed: int, out: Path) -> None:
     with open(folder / "log", "w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         if row.startswith(CAPTIONS):
             clip = load_clip(settings.clip, device=str(DEVICE))
-            learn_captions(clip.model, *pool(4000, 100 + seed), seed)
+            learn_captions(clip.model, *pool(4000, 100 + seed), seed, settings.steps)
             clip.save(folder / "clip")
         else:
             train.denoising_loss = loss_of_another_image if CONTROL in row else denoising_loss

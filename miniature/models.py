@@ -153,9 +153,9 @@ def fit_clip(clip, scenes, pixels, names: list[float], rng, steps, lr, batch=256
     fit("clip, both towers" if text else "clip, vision", clip.train(), loss, steps, lr)
 
 
-def learn_captions(clip: torch.nn.Module, scenes, pixels, seed: int) -> None:
-    """Trains the vision tower for 100 steps on captions that name everything: post-training without φ."""
-    fit_clip(clip, scenes, pixels, 10 * [1.0], np.random.default_rng(seed), 100, 1e-4)
+def learn_captions(clip: torch.nn.Module, scenes, pixels, seed: int, steps: int = 100) -> None:
+    """Trains the vision tower on captions that name everything: post-training without φ."""
+    fit_clip(clip, scenes, pixels, 10 * [1.0], np.random.default_rng(seed), steps, 1e-4)
 
 
 def make_vae(out: Path, seed: int, steps: int = 4500, batch: int = 16) -> None:
