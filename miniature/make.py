@@ -11,9 +11,12 @@
 A diffusion model whose text encoder is another CLIP's text tower, as in Stable Diffusion 2. 1,500 steps are enough,
 since it reuses the miniature's VAE and most of its U-Net:
 
-    python miniature/make.py clip --out other --seed 1  # add --text-width 96 --text-layers 3, then --contrastive
+    python miniature/make.py clip --out other --seed 1
     python miniature/make.py diffusion --out other --seed 1 --vae miniature/diffusion/vae \\
         --start miniature/diffusion/unet --steps 1500
+
+For a text tower of another size, add `--text-width 96 --text-layers 3` to the first command. For one that the
+contrastive loss trained as well, also add `--contrastive`.
 
 world.py draws the world, models.py trains the models, gates.py checks them. Everything is seeded.
 """
