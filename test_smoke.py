@@ -439,7 +439,7 @@ def test_a_fitted_projection_maps_class_tokens_to_text_embeddings():
     projection = torch.nn.Linear(6, 5).double()
     beyond.fit_linear(projection, *map(torch.from_numpy, (phrases, states, tokens)))
     centred, image = phrases - phrases.mean(0), tokens - tokens.mean(0)
-    ridge = np.sqrt(0.01 * centred.var() * 500) * np.eye(6)  # as further rows whose target is zero
+    ridge = np.sqrt(0.3 * centred.var() * 500) * np.eye(6)  # as further rows whose target is zero
     rows = np.concatenate([centred, ridge])
     fitted = np.linalg.lstsq(rows, np.concatenate([states - states.mean(0), np.zeros((6, 5))]), rcond=None)[0]
     expected = image * np.linalg.norm(centred) / np.linalg.norm(image) * np.sqrt(400 / 500) @ fitted + states.mean(0)

@@ -110,7 +110,7 @@ def test_r2_is_that_of_the_regression(seen):
     found = new.numpy() @ layer.weight.detach().numpy().T
     columns = [(x - x.mean(0)).ravel() for x in (found, expected.numpy())]
     assert fitted == pytest.approx(np.corrcoef(*columns)[0, 1] ** 2, rel=1e-4)
-    assert random < 0.05 and 0.99 < fitted < 1
+    assert random < 0.05 and 0.97 < fitted < 0.99
 
 
 def test_the_command_prints_its_figures(capsys):

@@ -142,7 +142,7 @@ def test_the_page_tells_what_is_not_the_papers(tmp_path):
     code, mmvp = {"step": 0, "train.py": "aa", "data.py": "bb"}, write_mmvp(tmp_path / "mmvp")
     for words, out in (
         ("The run's options are DIVA's (arXiv 2407.20171).", write_run(tmp_path / "paper")),
-        ("--freeze-projection; --ldifs 0.03", write_run(tmp_path / "miniature", recipe="miniature")),
+        ("--freeze-projection; --ldifs 0.02", write_run(tmp_path / "miniature", recipe="miniature")),
         (
             "except for: train.py changed at step 2.",
             write_run(tmp_path / "code", code=[code, code | {"step": 2, "train.py": "cc"}]),

@@ -109,7 +109,7 @@ class Recipe:
         False, BEYOND, "freeze the linear layer after --projection-steps", action=argparse.BooleanOptionalAction
     )
     ldifs: float = option(
-        0.0, BEYOND, "weight of a penalty on the distance from the original CLIP's features", (0.0, 1e6)
+        0.0, BEYOND, "weight of a penalty on the distance from the original CLIP's class token", (0.0, 1e6)
     )
     steps: int = option(4600, TRAINING, "optimizer steps", (1, 10**9))
     batch_size: int = option(640, TRAINING, "images per step, over all processes", (1, 10**9))
@@ -149,7 +149,7 @@ MINIATURE_PAPER = Recipe(  # its learning rates add up to those of 4,600 steps a
 RECIPES = {
     "miniature": replace(  # the four additions of beyond.py, with the learning rate and warm-up that they need
         MINIATURE_PAPER, steps=650, lr=1e-3, warmup=0.03,
-        timesteps=(500, 1000), optimizer="adamw", projection="fitted", freeze_projection=True, ldifs=0.03,
+        timesteps=(500, 1000), optimizer="adamw", projection="fitted", freeze_projection=True, ldifs=0.02,
     ),
     "miniature-paper": MINIATURE_PAPER,
     "openai-vit-l-14-224": Recipe("ViT-L-14-quickgelu:openai", "random:76", "positions", (19.3, 25.9), "random:76"),
