@@ -1,25 +1,26 @@
-"""Does the feedback point toward the right words? Answers in minutes, before you train for days.
+"""Does a step down the denoising loss raise the pair score? Answers in minutes, before you train for days.
 
     python extras/feedback.py                                                            # the miniature
     python extras/feedback.py --recipe two-stage-openai-vit-l-14-224 --mmvp MMVP/MMVP_VLM --data 'cc3m/*.tar' \
-        --projection-steps 500 --timesteps 500:1000
+        --projection fitted --projection-steps 0 --timesteps 500:1000
 
 **The alignment.** A pair of the benchmark has images A, B and statements a, b; m is the sum of its margins
 cos(a, A) − cos(a, B) and cos(b, B) − cos(b, A). g is the gradient of the denoising loss with respect to the two class
 tokens, averaged over `--draws` draws of the N states. The alignment of the pair is −g · ∇m / (|∇m| mean |g|), where the
 mean is over all pairs: on average, the cosine between a step down the loss and the direction in which the margins grow
-fastest. At 0 the feedback has no useful direction; at 1 it points toward the words. z is the mean alignment of the
-pairs divided by its standard error.
+fastest. At 0 the two are unrelated, at 1 they are the same. z is the mean alignment of the pairs divided by its
+standard error.
 
 **The fit.** With --projection fitted, R² tells how well the linear layer predicts φ's embeddings of 500 new random
 phrases: the squared correlation over phrases and dimensions, each dimension centered on its mean. It is near 1 if φ and
 CLIP share a text tower.
 
-**Without a network in between.** Gradient descent on the class tokens themselves: `--moves` steps, each a fifth of
-their mean distance from their center. The benchmark is scored after each step. The gain is what φ alone can teach.
+**Moving class tokens.** Gradient descent on the class tokens themselves, without training CLIP: `--moves` steps, each
+a fifth of their mean distance from their center. The benchmark is scored after each step.
 
-Both are measured with the initial linear layer (--projection random or fitted) and, with --projection-steps and --data,
-again after that many steps of training only the layer. Takes the options of train.py; saves nothing.
+The alignment and the moves are measured with the initial linear layer (--projection random or fitted) and, with
+--projection-steps and --data, again after that many steps of training only the layer. Takes the options of train.py;
+saves nothing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Ablations on the miniature: which parts of the method carry the gain. Each row runs train.py over several seeds.
+"""Ablations on the miniature: the gain without each part of the method. Each row is trained with several seeds.
 
     python miniature/experiment.py                                          # all rows, five seeds
     python miniature/experiment.py --rows "as the recipe" "no penalty --recap none" --seeds 1 2 3
@@ -33,16 +33,16 @@ from harness.options import parse_args
 from harness.recipes import RECIPES
 
 STEPS = RECIPES["miniature"].steps
-CAPTIONS = "right captions"  # trained on captions, without φ, in batches of 256: models.learn_captions
+CAPTIONS = "full captions"  # trained on captions, without φ, in batches of 256: models.learn_captions
 CONTROL = "another image"  # rows with this in their name use the condition of the previous image of the batch
 ROWS = {
     "as the recipe": "",
     "as the recipe, another image": "",
     "no penalty": "--ldifs 0",
-    "t uniform": "--timesteps 0:1000",
+    "t from 0": "--timesteps 0:1000",
     "SGD": "--optimizer sgd --lr 0.3",
-    "layer trained along": "--no-freeze-projection",
-    "layer random, trained along": "--projection random --no-freeze-projection",
+    "layer not frozen": "--no-freeze-projection",
+    "layer random, not frozen": "--projection random --no-freeze-projection",
     "class token alone": "--recap none",
     "all patches": "--recap all",
     "900 steps at 1e-3": "--steps 900 --lr 1e-3",

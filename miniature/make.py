@@ -8,8 +8,8 @@
     python miniature/make.py diffusion --out world   # diffusion/, a Stable Diffusion folder for diffusers
     python miniature/make.py check --out world       # check the gates; --samples FILE.png draws pictures from captions
 
-A diffusion model whose text encoder is another CLIP's text tower, as in Stable Diffusion 2. 1,500 steps are enough,
-since it reuses the miniature's VAE and most of its U-Net:
+To make a diffusion model whose text encoder is another CLIP's text tower, as in Stable Diffusion 2, in 1,500 steps
+(it reuses the miniature's VAE and most of its U-Net):
 
     python miniature/make.py clip --out other --seed 1
     python miniature/make.py diffusion --out other --seed 1 --vae miniature/diffusion/vae \\
