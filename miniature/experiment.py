@@ -45,10 +45,9 @@ ROWS = {
     "layer random, not frozen": "--projection random --no-freeze-projection",
     "class token alone": "--recap none",
     "all patches": "--recap all",
-    "900 steps at 1e-3": "--steps 900 --lr 1e-3",
     "twice the steps": f"--steps {2 * STEPS}",
-    "twice the steps, another image": f"--steps {2 * STEPS}",
     "four times the steps": f"--steps {4 * STEPS}",
+    "four times the steps, class token alone": f"--steps {4 * STEPS} --recap none",
     CAPTIONS: "--steps 100",
     "the paper's recipe": "--recipe miniature-paper",
 }
