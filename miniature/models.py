@@ -214,7 +214,7 @@ def make_diffusion(
     """Writes diffusion/: a U-Net, trained by ε-prediction on the VAE's latents, with CLIP's text tower.
 
     In 55% of captions the end token's output fills all positions but the first, so that the U-Net learns to read it
-    alone, as Stable Diffusion can ("Padding Tone", NAACL 2025).
+    alone, as Stable Diffusion mostly does at high noise (arXiv 2405.15330, NeurIPS 2024).
 
     Args:
         vae: the folder of a VAE; `out`/diffusion/vae if None.
