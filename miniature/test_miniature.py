@@ -177,13 +177,13 @@ def test_a_class_token_says_more_than_the_empty_text_and_than_the_start(teacher,
 
 
 def test_rows_are_names_patterns_and_flags():
-    """train.py's parser accepts all rows, and "twice the steps" doubles the recipe's."""
+    """train.py's parser accepts all rows, and "four times the steps" multiplies the recipe's."""
     assert list(experiment.read_args([]).rows) == list(experiment.ROWS)
-    paper, row = "the paper's recipe --lr 5e-6 --recap all", "twice the steps"
+    paper, row = "the paper's recipe --lr 5e-6 --recap all", "four times the steps"
     rows = experiment.read_args(["--rows", f"{row}*", paper, "--flags=--states 1"]).rows
-    assert list(rows) == [row, f"{row}, another image", paper]
-    twice, grid = (experiment.run_settings(name, rows[name], 3, Path("runs")) for name in (row, paper))
-    assert (twice.steps, twice.states, twice.seed, twice.mmvp) == (2 * RECIPES["miniature"].steps, 1, 3, None)
+    assert list(rows) == [row, f"{row}, class token alone", paper]
+    longer, grid = (experiment.run_settings(name, rows[name], 3, Path("runs")) for name in (row, paper))
+    assert (longer.steps, longer.states, longer.seed, longer.mmvp) == (4 * RECIPES["miniature"].steps, 1, 3, None)
     assert (grid.lr, grid.recap, grid.projection, grid.ldifs, grid.timesteps) == (5e-6, "all", "random", 0, (0, 1000))
     for arguments, message in (("--rows=no pull", "no such row"), ("--flags=--diffusion ./no", "./no: no such")):
         with pytest.raises(UserError, match=message):
