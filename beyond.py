@@ -85,8 +85,8 @@ def fit_projection(args, clip: Clip, conditioner: VisualCondition, dataset: Trai
 def fit_linear(projection: nn.Linear, clip_texts: torch.Tensor, phi_texts: torch.Tensor, cls: torch.Tensor) -> None:
     """Solves the ridge regression, and writes it into `projection`, D → W.
 
-    The ridge is 0.3 times the mean variance. With 0.01 the fit predicts new phrases better, but CLIP gains less if φ's
-    text tower is not its own: class tokens follow their captions badly in the directions in which texts vary little.
+    The ridge is 0.3 times the mean variance. With 0.01 the fit predicts new phrases better, but CLIP mostly gains less
+    if φ's text tower is not its own: class tokens follow their captions badly in directions in which texts vary little.
 
     Args:
         clip_texts: (n, D), CLIP's embeddings of phrases.

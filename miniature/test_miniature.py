@@ -177,7 +177,7 @@ def test_a_class_token_says_more_than_the_empty_text_and_than_the_start(teacher,
 
 
 def test_rows_are_names_patterns_and_flags():
-    """train.py's parser accepts all rows, and "four times the steps" multiplies the recipe's."""
+    """train.py's parser accepts all rows, and "four times the steps" has four times the recipe's."""
     assert list(experiment.read_args([]).rows) == list(experiment.ROWS)
     paper, row = "the paper's recipe --lr 5e-6 --recap all", "four times the steps"
     rows = experiment.read_args(["--rows", f"{row}*", paper, "--flags=--states 1"]).rows
