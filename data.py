@@ -61,7 +61,7 @@ class TrainingImages:
         rng = np.random.default_rng((CROP, self.seed, step, position))
         if self.files is None:
             noise = rng.integers(0, 256, (3, self.size, self.size), dtype=np.uint8)
-            return dict(images=torch.from_numpy(noise), keys=key, unreadable=[])
+            return dict(images=noise, keys=key, unreadable=[])
         unreadable = []
         for offset in range(1 + MAX_REPLACEMENTS):
             i = self.index(step, position + offset)
@@ -79,7 +79,7 @@ def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((ORDER, seed, epoch)).permutation(count)
 
 
-def decode_crop(content: bytes, size: int, rng: np.random.Generator) -> torch.Tensor:
+def decode_crop(content: bytes, size: int, rng: np.random.Generator) -> np.ndarray:
     """A random resized crop of an encoded image: (3, size, size) uint8, bicubic.
 
     Raises whatever Pillow raises on bytes that are not a complete image.
@@ -93,7 +93,7 @@ def decode_crop(content: bytes, size: int, rng: np.random.Generator) -> torch.Te
     left, top, right, bottom = random_crop_box(width, height, rng)
     box = (left * width, top * height, min(right, 1) * width, min(bottom, 1) * height)
     crop = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
-    return torch.from_numpy(np.ascontiguousarray(np.asarray(crop).transpose(2, 0, 1)))
+    return np.ascontiguousarray(np.asarray(crop).transpose(2, 0, 1))
 
 
 def random_crop_box(width: int, height: int, rng: np.random.Generator) -> tuple[float, float, float, float]:
@@ -171,10 +171,10 @@ def read_batches(
 def collate(items: list[dict]) -> dict:
     """A micro-batch: `images` (B, 3, S, S) uint8, their `keys`, and the names of all unreadable files.
 
-    Stacked by NumPy: torch would start its own threads in each reader thread.
+    NumPy alone, in reader threads: torch would start its own threads in each, and could abort the process at exit.
     """
     return dict(
-        images=torch.from_numpy(np.stack([item["images"] for item in items])),
+        images=np.stack([item["images"] for item in items]),
         keys=[item["keys"] for item in items],
         unreadable=[name for item in items for name in item["unreadable"]],
     )

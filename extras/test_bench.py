@@ -5,6 +5,7 @@ import math
 import re
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -89,7 +90,7 @@ def test_the_released_step_takes_one_state_at_a_time(monkeypatch):
     step = Step(settings(f"{SMALL} --states 3 --max-grad-norm 0"), CPU)
     released, calls, start = ReleasedStep(step), [], copy.deepcopy(step.conditioner.state_dict())
     step.draws = released.draws  # one state of an image
-    images = step.batch["images"].repeat(3, 1, 1, 1)
+    images = np.tile(step.batch["images"], (3, 1, 1, 1))
     step.batch = dict(step.batch, images=images, keys=[(state, i) for state in range(3) for i in range(4)])
     step()
     here = copy.deepcopy(step.conditioner.state_dict())
