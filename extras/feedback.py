@@ -185,7 +185,9 @@ def table(stage: str, rows: dict[str, dict], change: tuple[float, float]) -> str
     for name, row in rows.items():
         scores = " → ".join(f"{score:.1f}" for score in row["scores"])
         lines.append(f"  {name:{width}}  {row['alignment']:+.3f}  {row['z']:5.1f}  {scores}")
-    return "\n".join(lines) + " (95% interval of the change {:+.1f} … {:+.1f})".format(*change)
+    if len(rows["all"]["scores"]) > 1:
+        lines[-1] += " (95% interval of the change {:+.1f} … {:+.1f})".format(*change)
+    return "\n".join(lines)
 
 
 def train_layer(args, diffusion, conditioner, dataset: TrainingImages) -> None:
