@@ -29,7 +29,7 @@ from model import Clip, embed_texts
 
 
 def stages(args, conditioner: VisualCondition) -> list[tuple[list[nn.Parameter], range, float]]:
-    """The stages of a run, in order: the parameters that are trained, the steps, the maximum learning rate.
+    """What each `Stage` of a run needs, in order: the parameters to train, the steps, the maximum learning rate.
 
     The first --projection-steps train the linear layer alone, with CLIP frozen, as in GenHancer (ICCV 2025) and DCR
     (CVPR 2026). With --freeze-projection the rest of the run trains CLIP alone.
@@ -71,7 +71,7 @@ def fit_projection(args, clip: Clip, conditioner: VisualCondition, dataset: Trai
     share. This fit needs no shared tower.
 
     Raises:
-        UserError: CLIP has no tokenizer, or there are fewer than two images, or one is unreadable.
+        UserError: CLIP has no tokenizer, or there are fewer than two readable images.
     """
     if len(dataset) < 2:
         raise UserError("--projection fitted: needs at least two images; use --projection random")

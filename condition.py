@@ -16,20 +16,20 @@ from harness.processes import copy_to_device
 
 @dataclass(frozen=True)
 class Recap:
-    """Visual dense recap (section 3.3): which of a CLIP's P local tokens are kept beside the class token.
+    """Visual dense recap (section 3.3): which of a CLIP's P patch tokens are kept beside the class token.
 
-    According to the paper, reconstruction is too easy to teach anything with all of them, and too hard with none. (It
-    still keeps all of them for MetaCLIP, and for DFN at 224.)
+    According to the paper, with all of them reconstruction is too easy, with none too hard, and CLIP learns little.
+    (It still keeps all of them for MetaCLIP, and for DFN at 224.)
     """
 
     kind: str  # "random", "pool", "all" or "none"
     num_patches: int  # P
-    count: int  # K, the number of local tokens that are kept
+    count: int  # K, the number of patch tokens that are kept
     window: int = 1  # of "pool": how many consecutive patches are averaged into one token
 
 
 def parse_recap(spec: str, num_patches: int) -> Recap:
-    """Parses --recap for a CLIP with `num_patches` local tokens.
+    """Parses --recap for a CLIP with `num_patches` patch tokens.
 
     `random:76` or `random:30%` of the patches (percentages are rounded down), `pool:6` (windows of 6; an incomplete
     last window is dropped), `all`, `none`.
@@ -52,19 +52,19 @@ def parse_recap(spec: str, num_patches: int) -> Recap:
 
 
 def visual_tokens(visual: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """CLIP's visual tokens V (Alg. 1, line 2): the class token and the local patch tokens.
+    """CLIP's visual tokens V (Alg. 1, line 2): the class token and the patch tokens, called `local`.
 
-    Both are taken after the tower's final LayerNorm and its projection into the joint space. In a tower that pools by
-    attention or averages (SigLIP, PE-Core, CLIPA), the pooled vector replaces the class token. With attention pooling,
-    the local tokens lie outside the joint space. The class token equals `clip.encode_image(images)` bit for bit
-    in fp32.
+    Both are taken after the tower's final LayerNorm and CLIP's own projection into the joint space. In a tower that
+    pools by attention or averages (SigLIP, PE-Core, CLIPA), the pooled vector replaces the class token. With attention
+    pooling, the patch tokens lie outside the joint space. The class token equals `clip.encode_image(images)` bit for
+    bit in fp32.
 
     Args:
         visual: the vision tower of an open_clip CLIP, its own ViT or one of timm's.
         images: (B, 3, s, s), preprocessed for this CLIP.
 
     Returns:
-        The class token (B, D) and the P local tokens (B, P, D).
+        The class token (B, D) and the P patch tokens (B, P, D).
     """
     # indices=1: the last layer only
     features = visual.forward_intermediates(images, indices=1, normalize_intermediates=True, output_fmt="NLC")
@@ -92,7 +92,7 @@ def draw_patch_indices(
 def dense_recap(
     cls: torch.Tensor, local: torch.Tensor, recap: Recap, patch_indices: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Visual dense recap (section 3.3; Alg. 1, line 3): the class token and some of the local tokens.
+    """Visual dense recap (section 3.3; Alg. 1, line 3): the class token and some of the patch tokens.
 
     Args:
         cls: (B, D).
@@ -115,7 +115,7 @@ def dense_recap(
 
 
 class VisualCondition(nn.Module):
-    """Everything that can be trained: CLIP's vision tower θ and the linear layer to the U-Net's cross-attention width.
+    """Everything that can be trained: CLIP's vision tower θ and `projection`, the linear layer to the U-Net's width W.
 
     DDP wraps this module; φ stays outside it. The tower is `clip.model.visual` itself, so saving `clip` saves what was
     trained.

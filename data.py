@@ -26,7 +26,7 @@ from harness.sources import ImageFiles, Shards, find_sources
 ORDER, DRAWS, CROP = 0, 1, 2  # random streams: the shuffle, Algorithm 1's draws, the crops
 SYNTHETIC = 1_000_000  # number of `synthetic` images
 MAX_REPLACEMENTS = 30  # for one unreadable image, before the run stops
-SMALLEST_CROP = 0.9  # share of the area; each side then keeps at least this share, too
+SMALLEST_CROP = 0.9  # share of the area; the shorter side then keeps at least this share
 
 
 def image_rngs(seed: int, keys: list[tuple[int, int]]) -> list[np.random.Generator]:

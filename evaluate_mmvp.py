@@ -10,10 +10,10 @@ is 25. The released evaluation computes some CLIPs in fp16, where ties make the 
 An image is embedded in two ways:
 
     cls         the class token, as `encode_image` returns it: the benchmark's own
-    cls+local   the unit class token plus the mean of the unit local tokens, normalized
+    cls+local   the unit class token plus the mean of the unit patch tokens, normalized
 
 `--released` adds the embedding that DIVA's released evaluation uses for each CLIP (`embed_released`). In the paper's
-Table 1, "after" uses it but "before" uses `cls`, so the gains mix training with a change of embedding.
+Table 1, "after" uses it but "before" uses `cls`, so five of the eight gains mix training and embedding.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from harness.scores import average, draws_in_words, interval, paired_change, sco
 from model import Clip, load_clip
 
 EMBEDDINGS = ("cls", "cls+local")
-DRAWS = 100  # of patches, for the random kinds of `embed_released`
+REPEATS = 100  # of a random embedding (`embed_released`)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -65,7 +65,7 @@ def pairs_right(cosines: np.ndarray) -> np.ndarray:
 
 
 def embed_images(cls: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
-    """Class tokens (B, D) and local tokens (B, P, D) → the embeddings `cls` and `cls+local`, (2, B, D), unit length.
+    """Class tokens (B, D) and patch tokens (B, P, D) → the embeddings `cls` and `cls+local`, (2, B, D), unit length.
 
     The sum is normalized because its length differs between images: the longer embedding would win both statements. On
     the miniature, normalizing changes about 170 of 900 pairs: 72 of them are right only with it, 98 only without it.
@@ -88,7 +88,7 @@ def encode_pairs(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Encodes the benchmark in batches of p pairs. Moves CLIP to `device`.
 
-    Yields the images' class tokens (2p, D) and local tokens (2p, P, D), pair by pair, and the statements' embeddings
+    Yields the images' class tokens (2p, D) and patch tokens (2p, P, D), pair by pair, and the statements' embeddings
     (p, 2, D), unit length.
 
     Raises:
@@ -135,13 +135,13 @@ def similarities(
 
 
 def embed_released(
-    kind: str, cls: torch.Tensor, local: torch.Tensor, rng: np.random.Generator, draws: int = DRAWS
+    kind: str, cls: torch.Tensor, local: torch.Tensor, rng: np.random.Generator, draws: int = REPEATS
 ) -> torch.Tensor:
     """The embedding of DIVA's released evaluation, for each of a pair's two statements: (draws or 1, 2, B, D).
 
     `kind` is the recipe's `released`: "cls" (DFN at 224, SigLIP) and "cls+local" (MetaCLIP) are as above; "sum" (DFN
     at 378) is cls+local without the last normalization; "random:76" (OpenAI) is the class token plus the mean of 76
-    local tokens, neither normalized before the sum. These are drawn with replacement for each image and statement, so
+    patch tokens, neither normalized before the sum. These are drawn with replacement for each image and statement, so
     the score is random.
     """
     if kind == "sum":

@@ -40,7 +40,7 @@ class Clip:
     """An open_clip CLIP with its name, configuration and tokenizer.
 
     `source` is its name in open_clip (an architecture, `hf-hub:…` or `local-dir:…`), `config` its `model_cfg`,
-    `num_patches` the number P of its local tokens.
+    `num_patches` the number P of its patch tokens.
     """
 
     model: torch.nn.Module
@@ -56,7 +56,7 @@ class Clip:
 
     @property
     def pools_by_attention(self) -> bool:
-        """Whether it pools by attention (SigLIP, PE-Core), so that its local tokens lie outside the joint space."""
+        """Whether it pools by attention (SigLIP, PE-Core), so that its patch tokens lie outside the joint space."""
         visual = self.model.visual
         return getattr(getattr(visual, "trunk", visual), "attn_pool", None) is not None
 
@@ -126,7 +126,7 @@ def load_clip(name: str, random_weights: bool = False, device: str = "cpu") -> C
     architecture needs no download. `device="meta"` allocates no weights.
 
     Raises:
-        UserError: it cannot be loaded, or its vision tower has no sequence of local tokens.
+        UserError: it cannot be loaded, or its vision tower has no sequence of patch tokens.
     """
     source, options, files = clip_options(name, random_weights)
     torch.manual_seed(0)  # every process draws the same random weights
@@ -147,7 +147,7 @@ def load_clip(name: str, random_weights: bool = False, device: str = "cpu") -> C
 
 
 def count_patches(visual: torch.nn.Module, name: str) -> int:
-    """P, the number of local tokens of an open_clip vision tower, from shapes alone, without computing anything.
+    """P, the number of patch tokens of an open_clip vision tower, from shapes alone, without computing anything.
 
     Raises:
         UserError: its tokens are not (B, D) and (B, P, D), as in convolutional towers and CoCa.
@@ -160,7 +160,7 @@ def count_patches(visual: torch.nn.Module, name: str) -> int:
             return local.shape[1]
     except Exception as error:  # open_clip and timm raise many kinds
         reason = f" ({one_line(error)})"
-    what = "has no class token with a sequence of local tokens of the same width"
+    what = "has no class token with a sequence of patch tokens of the same width"
     raise UserError(f"{name}: its vision tower {what}{reason}")
 
 
@@ -172,8 +172,8 @@ def count_patches(visual: torch.nn.Module, name: str) -> int:
 class Diffusion:
     """A frozen Stable Diffusion. The text encoder is not kept: it embeds --text once, while loading.
 
-    `alphas_cumprod` (T,) fp32 is ᾱ; `prediction_type` is "epsilon" or "v_prediction"; `text_embedding` is (1, L, W),
-    where W is the width of the U-Net's cross-attention.
+    `alphas_cumprod` (T,) fp32 is ᾱ; `prediction_type` is "epsilon" or "v_prediction"; `text_embedding` is (1, L, W)
+    for L text positions; W is the width of the U-Net's cross-attention.
     """
 
     vae: torch.nn.Module

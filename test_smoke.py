@@ -57,7 +57,7 @@ def test_tokens_are_clips_own(clips, name):
 
 
 def local_tokens(visual: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """The local tokens, computed by other library calls."""
+    """The patch tokens, computed by other library calls."""
     if hasattr(visual, "trunk"):
         return visual.trunk.forward_features(images)[:, visual.trunk.num_prefix_tokens :]
     visual.output_tokens = True
@@ -401,7 +401,7 @@ def test_a_stopped_run_resumes_bit_for_bit(tmp_path, monkeypatch, more):
     "micro_batch, more", [(1, ""), *(pytest.param(2, m, marks=pytest.mark.slow) for m in ("", "--projection-steps 1"))]
 )
 def test_processes_and_accumulation_give_the_same_weights(tmp_path, micro_batch, more):
-    """2 processes × 1 image × 2 accumulated (slow: 2 × 2), against 1 × 4 and 1 × 2 × 2, after three steps."""
+    """Processes × micro-batch × accumulation: 2 × 1 × 2 (slow: 2 × 2 × 1), against 1 × 4 × 1 and 1 × 2 × 2."""
     command = f"{TORCHRUN} train.py {SMALL} {tmp_path}/two --micro-batch {micro_batch} {more}".split()
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
     one, start = weights(run(tmp_path / "one", more)), model.load_clip("miniature").model.visual.state_dict()

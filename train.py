@@ -33,17 +33,17 @@ from model import Clip, Diffusion, load_clip, load_diffusion
 
 @dataclass(frozen=True)
 class Draws:
-    """The settings of what is drawn at random for each image: the patches of its recap, its timesteps and noise."""
+    """Settings of the random draws for each image: the patches of its recap, its timesteps and its noise."""
 
     seed: int
     recap: Recap
     states: int  # N, the noisy states of an image
-    timestep_range: range  # t is uniform over these; the paper takes the whole schedule, range(1000)
+    timestep_range: range  # t is uniform over these; not in the paper, which takes range(1000)
 
 
 @dataclass
 class Stage:
-    """One call of `algorithm_1`: a range of steps and their settings. The paper has one stage, GenHancer and DCR two.
+    """One call of `algorithm_1`: a range of steps and their settings. The paper has one.
 
     If you add a setting that the loop needs, make it a field of `Stage` or `Draws`.
     """
@@ -58,7 +58,7 @@ class Stage:
 
 
 def algorithm_1(conditioner, diffusion: Diffusion, batches, draws: Draws, stage: Stage, run) -> None:
-    """The method: each step updates θ and the linear layer to lower the denoising loss of the frozen φ.
+    """The method: each step updates θ, the linear layer or both to lower the denoising loss of the frozen φ.
 
     Gradients are clipped as in the released code; the paper does not mention clipping.
 
@@ -74,7 +74,7 @@ def algorithm_1(conditioner, diffusion: Diffusion, batches, draws: Draws, stage:
         for group in optimizer.param_groups:
             group["lr"] = lr
         for i in range(stage.accumulation):
-            conditioner.require_backward_grad_sync = i == stage.accumulation - 1  # as DDP.no_sync: averages once a step
+            conditioner.require_backward_grad_sync = i == stage.accumulation - 1  # like DDP.no_sync: one average a step
             batch = next(batches)
             images = batch["images"]  # Alg. 1, line 1: x, (B, 3, S, S) in [0, 1]
             rngs = image_rngs(draws.seed, batch["keys"])  # one per image; they draw the patches, then t, then ε
@@ -115,7 +115,7 @@ def denoising_loss(
 
     Args:
         latents: z, (B, 4, h, w) fp32.
-        condition: c, (B, N, L, W), or (B, 1, L, W) if the states share it.
+        condition: c, (B, N, 1 + K, W), or (B, 1, 1 + K, W) if the states share it.
         timesteps: t, (B, N) int64.
         noise: ε, (B, N, 4, h, w) fp32.
 
@@ -125,7 +125,7 @@ def denoising_loss(
     alpha_bar = diffusion.alphas_cumprod[timesteps][..., None, None, None]  # ᾱ_t, (B, N, 1, 1, 1)
     latents = latents[:, None]  # (B, 1, 4, h, w), shared by the states
     noisy_latents = alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * noise  # Alg. 1, line 4: z_t
-    condition = condition.expand(-1, noise.shape[1], -1, -1)  # (B, N, L, W)
+    condition = condition.expand(-1, noise.shape[1], -1, -1)  # (B, N, 1 + K, W)
     dtype = diffusion.unet.dtype
     noise_pred = diffusion.unet(
         noisy_latents.flatten(0, 1).to(dtype), timesteps.flatten(), condition.flatten(0, 1).to(dtype)

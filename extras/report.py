@@ -57,7 +57,7 @@ SUMMARY = (
 )
 EXPLAINED = (
     "Percent of pairs right, before → after training, with cls: CLIP's class token, as encode_image returns it. With "
-    "cls+local, which adds the mean of the local tokens: {local}. {count:,} pairs of {mmvp}; chance is 25."
+    "cls+local, which adds the mean of the patch tokens: {local}. {count:,} pairs of {mmvp}; chance is 25."
 )
 CARD = """---
 library_name: open_clip

@@ -23,7 +23,7 @@ def read_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("clips", nargs="+", metavar="CLIP", help="the CLIPs to score; each is compared with the first")
     mmvp = "a folder or a data set on the hub (default: the first recipe's benchmark, or MMVP/MMVP_VLM)"
     parser.add_argument("--mmvp", metavar="PATH", help=mmvp)
-    released = "also score as DIVA's released evaluation does for the CLIP's recipe, or for RECIPE if it has none"
+    released = "also score as DIVA's released evaluation does for the CLIP's recipe, or RECIPE if there is none"
     parser.add_argument("--released", metavar="RECIPE", nargs="?", const="", help=released)
     parser.add_argument("--out", metavar="DIR", help="write scores.json and pairs.csv to DIR")
     parser.add_argument("--batch-size", type=int, default=32, help="images per forward pass (default: %(default)s)")
@@ -50,7 +50,7 @@ def warn_of_limits(clip, pairs: list) -> None:
     """Warns if `cls+local` says little about this CLIP, or if its tokenizer does not know the statements' words."""
     if clip.pools_by_attention:
         warn(
-            f"{clip.source} pools by attention, so its local tokens are not in the joint space with the text; "
+            f"{clip.source} pools by attention, so its patch tokens are not in the joint space with the text; "
             f"cls+local is shown only for completeness"
         )
     tokenizer = clip.tokenizer()

@@ -66,7 +66,7 @@ def test_all_transformers_of_open_clip_can_be_trained(ignored):
     for same in towers.values():
         visual = shapes_of(same[0])
         if set(same) & set(REFUSED):
-            with refused(f"{same[0]}: its vision tower has no class token with a sequence of local tokens"):
+            with refused(f"{same[0]}: its vision tower has no class token with a sequence of patch tokens"):
                 model.count_patches(visual, same[0])
             continue
         patches = model.count_patches(visual, same[0])

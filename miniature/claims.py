@@ -67,7 +67,7 @@ ROWS = {  # measurement: the claim, and the paper's figure
     "pair score, cls+local": ("fine-grained perception", ""),
     "details from the mean patch token": ("multimodal language models", "MMVP 24.7 → 31.3"),
     "details from all tokens": ("multimodal language models", ""),
-    "details from the class token": ("… which do not read it", ""),
+    "details from the class token": ("for comparison", ""),
     "patches, mean IoU": ("segmentation", "ADE20K 29.2 → 30.2"),
     "class accuracy": (KEPT, "29 sets within ±0.2"),
     "retrieval of full captions": (KEPT, ""),

@@ -108,7 +108,7 @@ def check_reading(pipe: StableDiffusionPipeline, scenes: np.ndarray, latents: to
         found.append(losses(pipe, z, [([""] * len(z), False), (captions, False), (captions, True)], 0, rng))
     none, whole, alone = torch.cat(found, 1).mean(1).tolist()
     share = 100 * (none - alone) / (none - whole)
-    text = f"loss without a caption {none:.4f}, with a whole one {whole:.4f}, with its end token alone {alone:.4f}"
+    text = f"loss without a caption {none:.4f}, with one {whole:.4f}, with its end token alone {alone:.4f}"
     gate(f"{text}: {share:.0f}% of the whole one's effect (≥ 90)", share >= 90)
 
 
