@@ -2,9 +2,11 @@
 
 import re
 import shlex
+import textwrap
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from harness.options import parse_args
 from harness.recipes import MINIATURE, OPTIONS, flag_of
@@ -45,8 +47,11 @@ def test_options_in_the_readmes_exist(script):
     assert all(f'"{option}"' in source for option in named), named
 
 
-def test_the_snippet_that_loads_a_trained_clip_runs():
-    lines = re.findall(r"^ {4}((?:model|tokenizer).*open_clip.*)$", (ROOT / "README.md").read_text(), re.M)
-    assert len(lines) == 2
-    code = "\n".join(["import open_clip", *lines]).replace("runs/miniature/clip", str(MINIATURE / "clip"))
-    exec(code, {})
+def test_the_snippet_that_loads_a_trained_clip_runs(tmp_path):
+    code = textwrap.dedent(re.search(r"(?: {4}.+\n)+", (ROOT / "README.md").read_text())[0])
+    Image.new("RGB", (80, 70)).save(tmp_path / "photo.jpg")
+    for name, path in {"runs/miniature/clip": MINIATURE / "clip", "photo.jpg": tmp_path / "photo.jpg"}.items():
+        assert name in code
+        code = code.replace(name, f"{path}")
+    exec(code, names := {})
+    assert names["features"].shape == (1, 128)
