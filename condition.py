@@ -18,8 +18,8 @@ from harness.processes import copy_to_device
 class Recap:
     """Visual dense recap (section 3.3): which of a CLIP's P patch tokens are kept beside the class token.
 
-    According to the paper, with all of them reconstruction is too easy, with none too hard, and CLIP learns little.
-    (It still keeps all of them for MetaCLIP, and for DFN at 224.)
+    According to the paper, reconstruction is too easy with all of them and too hard with none. (It still keeps all of
+    them for MetaCLIP, and for DFN at 224.)
     """
 
     kind: str  # "random", "pool", "all" or "none"

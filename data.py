@@ -169,9 +169,10 @@ def read_batches(
 
 
 def collate(items: list[dict]) -> dict:
-    """A micro-batch: `images` (B, 3, S, S) uint8, their `keys`, and the names of all unreadable files.
+    """A micro-batch: `images` (B, 3, S, S) uint8 in NumPy, their `keys`, and the names of all unreadable files.
 
-    NumPy alone, in reader threads: torch would start its own threads in each, and could abort the process at exit.
+    Reader threads use only NumPy: torch would start its own threads in each of them, and a thread that is inside torch
+    when the process exits can abort it.
     """
     return dict(
         images=np.stack([item["images"] for item in items]),

@@ -13,7 +13,7 @@ An image is embedded in two ways:
     cls+local   the unit class token plus the mean of the unit patch tokens, normalized
 
 `--released` adds the embedding that DIVA's released evaluation uses for each CLIP (`embed_released`). In the paper's
-Table 1, "after" uses it but "before" uses `cls`, so five of the eight gains mix training and embedding.
+Table 1, "after" uses it but "before" uses `cls`, so five of the eight gains mix training with a change of embedding.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from harness.scores import average, draws_in_words, interval, paired_change, sco
 from model import Clip, load_clip
 
 EMBEDDINGS = ("cls", "cls+local")
-REPEATS = 100  # of a random embedding (`embed_released`)
+DRAWS = 100  # of a random embedding (`embed_released`)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -135,7 +135,7 @@ def similarities(
 
 
 def embed_released(
-    kind: str, cls: torch.Tensor, local: torch.Tensor, rng: np.random.Generator, draws: int = REPEATS
+    kind: str, cls: torch.Tensor, local: torch.Tensor, rng: np.random.Generator, draws: int = DRAWS
 ) -> torch.Tensor:
     """The embedding of DIVA's released evaluation, for each of a pair's two statements: (draws or 1, 2, B, D).
 

@@ -38,12 +38,12 @@ class Draws:
     seed: int
     recap: Recap
     states: int  # N, the noisy states of an image
-    timestep_range: range  # t is uniform over these; not in the paper, which takes range(1000)
+    timestep_range: range  # t is uniform over this; any but range(1000) is not in the paper
 
 
 @dataclass
 class Stage:
-    """One call of `algorithm_1`: a range of steps and their settings. The paper has one.
+    """One call of `algorithm_1`: a range of steps and their settings. The paper has one stage.
 
     If you add a setting that the loop needs, make it a field of `Stage` or `Draws`.
     """

@@ -94,7 +94,7 @@ class Recipe:
     out: str | None = option(None, RUN, "output folder; default: runs/RECIPE", may_change=True, metavar="DIR")
     diffusion: str = option(SD21, METHOD, "Stable Diffusion 1.x or 2.x: a hub name or a folder", metavar="NAME")
     text: str = option("", METHOD, "text whose embedding is added to the visual tokens; default: empty")
-    image_size: int | None = option(None, METHOD, "side of the U-Net's images in pixels; default: its own", (1, 4096))
+    image_size: int | None = option(None, METHOD, "image side in pixels for diffusion; default: the model's", (1, 4096))
     states: int = option(2, METHOD, "noisy states per image, N", (1, 1000))
     timesteps: tuple[int, int] = option(
         (0, 1000), BEYOND, "sample t from LOW to HIGH - 1", type=timestep_range, metavar="LOW:HIGH"

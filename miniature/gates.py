@@ -109,7 +109,7 @@ def check_reading(pipe: StableDiffusionPipeline, scenes: np.ndarray, latents: to
     none, whole, alone = torch.cat(found, 1).mean(1).tolist()
     share = 100 * (none - alone) / (none - whole)
     text = f"loss without a caption {none:.4f}, with one {whole:.4f}, with its end token alone {alone:.4f}"
-    gate(f"{text}: {share:.0f}% of the whole one's effect (≥ 90)", share >= 90)
+    gate(f"{text}: {share:.0f}% of the caption's effect (≥ 90)", share >= 90)
 
 
 @torch.no_grad()
